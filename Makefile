@@ -1,0 +1,37 @@
+# Every target sets up a bare machine by itself: Python >= 3.11 and pip's index are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow parity lint format clean
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[demo,dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m fid_imagegen.demo --workdir runs/demo
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+# torch is an oracle of tests only. The CPU wheel is named so that no CUDA wheels come along.
+parity: $(VENV)/.installed
+	$(BIN)/pip install --quiet torch==2.13.0 torchvision
+	$(BIN)/python -m pytest -m parity
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

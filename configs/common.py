@@ -1,0 +1,132 @@
+"""What every config of an image-function generator holds, spelled out once. Values are JSON types only.
+
+A config file calls `base()` and writes down what it changes; `runlocal(config)` shrinks any of them to a minute on 2 cores.
+None (a placeholder) means "the preset's value".
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+OBJECTIVES = {
+    # Song et al. 2023, CIFAR-10: the settings the function generator's paper copies.
+    "ct": {"s0": 2, "s1": 150, "mu0": 0.9},
+    # Song & Dhariwal 2023.
+    "ict": {"s0": 10, "s1": 1280, "log_mean": -1.1, "log_deviation": 2.0},
+    # Geng et al. 2024.
+    "ect": {"q": 2.0, "stages": 8, "k": 8.0, "b": 1.0, "log_mean": -1.1, "log_deviation": 2.0},
+}
+
+
+def objective(name: str, **changes) -> ConfigDict:
+    """The named objective with all its fields written out."""
+    return ConfigDict({"name": name, **OBJECTIVES[name], **changes})
+
+
+def optimizer(name: str, learning_rate: float, **changes) -> ConfigDict:
+    """One parameter group's optimizer: constant rate after a warm-up unless `schedule` is "cosine" or "linear" (to zero)."""
+    fields = {
+        "name": name,  # adam, adamw, radam
+        "learning_rate": learning_rate,
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "grad_clip": 0.0,  # global norm; 0: no clipping
+    }
+    return ConfigDict(fields | changes)
+
+
+def base() -> ConfigDict:
+    """Every key there is, with the values the CIFAR-10-sized generator starts from."""
+    config = ConfigDict()
+    config.seed = 0
+    config.task = "consistency"
+    config.num_steps = 400_000
+    config.batch_size = 128  # global
+    config.accumulate = 1  # micro-batches per step
+
+    config.data = ConfigDict()
+    config.data.source = "folder"  # digits, folder, npz, synthetic, tfds:NAME
+    config.data.path = ""
+    config.data.split = "train"  # tfds only
+    config.data.image_size = 32
+    config.data.channels = 3
+    config.data.flip = False
+    config.data.holdout_every = 0  # k: every k-th record is held out for evaluation
+    config.data.skip_unreadable = False
+
+    config.model = ConfigDict()
+    config.model.preset = "tiny"  # tiny, S, B, L
+    config.model.patch = 2
+    config.model.width = config_dict.placeholder(int)
+    config.model.heads = config_dict.placeholder(int)
+    config.model.extractor_depth = config_dict.placeholder(int)
+    config.model.predictor_depth = config_dict.placeholder(int)
+    config.model.function = config_dict.placeholder(str)  # 5x256, 5x128, 5x64
+    config.model.function_width = config_dict.placeholder(int)
+    config.model.function_depth = config_dict.placeholder(int)
+    config.model.bands = config_dict.placeholder(int)
+    config.model.groups = config_dict.placeholder(int)
+    config.model.activation = "relu"  # relu, sine
+    config.model.weight_update = "normalize"  # normalize (TransINR), scale (LDMI)
+    config.model.cutoff = "nyquist"  # or cycles per image, e.g. "1024" as the papers
+    config.model.level_scale = 1000.0
+    config.model.num_classes = 0  # 0: unconditional
+    config.model.dropout = 0.0
+    config.model.dtype = "float32"  # compute; parameters are always float32
+    config.model.remat = False
+    config.model.unroll = False
+
+    config.noise = ConfigDict({"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5})
+    config.preconditioning = "x0_blend"  # edm (faithful), x0_blend
+    config.objective = objective("ect")
+    config.distance = "pseudo_huber"  # l2, pseudo_huber, lpips
+    config.lpips = ConfigDict({"vgg16": "", "heads": ""})
+    config.variational = True  # variational coordinates
+    config.render_chunk = 4096  # coordinates rendered at once in training
+
+    config.optimizers = ConfigDict({"generator": optimizer("radam", 1e-4)})
+    config.ema_decays = (0.9999,)  # evaluation EMAs; samples use the last
+    config.init = ConfigDict({"generator": ""})  # a run or exported folder to start the group from
+
+    # Reconstruction pre-training of patch embedding and predictor, run first into WORKDIR/pretrain; 0 steps: none.
+    config.pretrain = ConfigDict({"num_steps": 0, "batch_size": 128, "accumulate": 1, "checkpoint_every": 1000})
+    config.pretrain.optimizers = ConfigDict({"generator": optimizer("adam", 1e-4)})
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
+    # The first rule whose regex is found in a parameter's path decides; arrays below min_size elements are replicated.
+    config.sharding = ConfigDict({"min_size": 2**20})
+    config.sharding.rules = (
+        (r"(query|key|value|up)/kernel$", ("-", "fsdp", "tensor")),
+        (r"(out|down)/kernel$", ("-", "tensor", "fsdp")),
+        (r".*", "fsdp"),
+    )
+    config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
+    config.log = ConfigDict({"every": 50, "sample_every": 5000, "num_samples": 16, "tensorboard": True})
+    config.profile = ConfigDict({"start": 0, "steps": 0})  # 0 steps: none
+    return config
+
+
+def runlocal(config: ConfigDict) -> ConfigDict:
+    """The same experiment shrunk until it trains on 2 cores within a minute; it shows that the config runs, nothing more."""
+    config.num_steps = 8
+    config.batch_size = 8
+    config.accumulate = 1
+    config.model.update({"preset": "tiny", "width": 32, "heads": 2, "extractor_depth": 1, "predictor_depth": 1})
+    config.model.update({"function_width": 16, "function_depth": 3, "bands": 4, "groups": 4, "dtype": "float32"})
+    config.pretrain.update({"num_steps": min(4, config.pretrain.num_steps), "batch_size": 8, "checkpoint_every": 4})
+    config.checkpoint.every = 4
+    config.log.update({"every": 2, "sample_every": 8, "num_samples": 4})
+    return config
+
+
+def finish(config: ConfigDict, arg: str, variants: dict | None = None) -> ConfigDict:
+    """Applies `arg`, a comma-separated list of variant names and `runlocal`, then locks the config."""
+    known = {"runlocal": runlocal} | (variants or {})
+    for name in filter(None, arg.split(",")):
+        if name not in known:
+            raise ValueError(f"found config argument {name!r}, expected of {sorted(known)}")
+        known[name](config)
+    config.lock()
+    return config

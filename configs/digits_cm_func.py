@@ -1,0 +1,37 @@
+"""Image functions of handwritten digits (scikit-learn, 8x8, 1,797 images): the demo.
+
+    python -m fid_imagegen.train --config configs/digits_cm_func.py --workdir runs/digits
+
+Expected on 2 cores: see docs/results.md, "Digits".
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """`ect` on the clean-image blend, a predictor pre-trained by reconstruction."""
+    config = common.base()
+    config.data.update({"source": "digits", "image_size": 8, "channels": 1, "holdout_every": 4})
+    config.model.update({"width": 64, "heads": 4, "extractor_depth": 4, "predictor_depth": 2})
+    config.model.update({"function_width": 32, "function_depth": 4, "bands": 8, "groups": 8})
+    config.model.update({"weight_update": "scale", "unroll": True})
+    config.objective = common.objective("ect", stages=4, log_mean=0.0, log_deviation=1.6)
+    config.optimizers.generator = common.optimizer(
+        "adam", 1e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
+    )
+    config.num_steps, config.batch_size = 2000, 128
+    config.ema_decays = (0.999,)
+    config.pretrain.update({"num_steps": 300, "batch_size": 128, "checkpoint_every": 300})
+    config.pretrain.optimizers.generator = common.optimizer("adam", 2e-3, warmup_steps=30, schedule="cosine", b2=0.99)
+    config.checkpoint.every = 500
+    config.log.update({"every": 20, "sample_every": 500})
+    return common.finish(config, arg)
+
+
+def get_sweep():
+    """Named sweeps: lists of overrides."""
+    return {
+        "lr": [{"optimizers.generator.learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
+        "seed": [{"seed": seed} for seed in (0, 1, 2)],
+        "objective": [{"preconditioning": name} for name in ("edm", "x0_blend")],
+    }

@@ -1,0 +1,1 @@
+"""Where records come from, and which record stands where in a run."""

@@ -1,0 +1,1 @@
+"""Diffusion and consistency mathematics on arrays and bound callables; knows no module, file or mesh."""

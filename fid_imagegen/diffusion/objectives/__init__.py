@@ -1,0 +1,24 @@
+"""Training objectives, one a file, one signature:
+
+    objective(nets, x0, cond, *, keys, key, step) -> (loss [batch], metrics {name: scalar})
+
+`nets["student"]` receives gradients, `nets["target"]` is the tracked copy where the objective has one (`target_decay` is
+not None). `keys` are one key an example (noise, levels); `key` is shared by student and target (dropout, jitter).
+"""
+
+from fid_imagegen.diffusion.objectives.ct import ConsistencyTraining
+from fid_imagegen.diffusion.objectives.ect import EasyConsistencyTuning
+from fid_imagegen.diffusion.objectives.ict import ImprovedConsistencyTraining
+
+OBJECTIVES = {
+    "ct": ConsistencyTraining,
+    "ict": ImprovedConsistencyTraining,
+    "ect": EasyConsistencyTuning,
+}
+
+
+def build(name: str, **fields):
+    """The named objective; ValueError lists the known names."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"found objective {name!r}, expected one of {sorted(OBJECTIVES)}")
+    return OBJECTIVES[name](**fields)

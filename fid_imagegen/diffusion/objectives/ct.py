@@ -1,0 +1,48 @@
+"""Consistency training exactly as Song et al. 2023 (arXiv 2303.01469, Alg. 3; constants of the released CIFAR-10 code)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fid_imagegen.diffusion.distances import Distance
+from fid_imagegen.diffusion.noise import NoiseRange, ct_levels, ct_target_decay, karras_sigma
+from fid_imagegen.diffusion.objectives.pairs import pair_distance
+from fid_imagegen.diffusion.preconditioning import Preconditioning
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyTraining:
+    """Uniform cells of a Karras grid of N(k) levels; the target is an EMA of the student with decay mu(k); weight 1."""
+
+    noise: NoiseRange
+    form: Preconditioning
+    distance: Distance
+    num_steps: int
+    s0: int = 2
+    s1: int = 150
+    mu0: float = 0.9
+
+    def target_decay(self, step):
+        """mu(k), the decay of the target network's EMA at step k."""
+        return ct_target_decay(step, self.num_steps, self.s0, self.s1, self.mu0)
+
+    def __call__(self, nets, x0, cond, *, keys, key, step):
+        """Loss per image. i is uniform in {0..N-2}; student at level i, target at i + 1 of a decreasing grid."""
+        count = ct_levels(step, self.num_steps, self.s0, self.s1)
+        keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
+        index = jax.vmap(lambda k: jax.random.randint(k, (), 0, count - 1))(keys[:, 0]).astype(jnp.float32)
+        loss = pair_distance(
+            nets["student"],
+            nets["target"],
+            x0,
+            cond,
+            sigma_B=karras_sigma(index, count, self.noise),
+            lower_B=karras_sigma(index + 1, count, self.noise),
+            keys=keys[:, 1],
+            key=key,
+            noise=self.noise,
+            form=self.form,
+            distance=self.distance,
+        )
+        return loss, {"levels": count.astype(jnp.float32), "target_decay": self.target_decay(step)}

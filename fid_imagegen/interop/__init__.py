@@ -1,0 +1,1 @@
+"""Public weights in, shareable weights out."""

@@ -1,0 +1,47 @@
+"""Public weights of LPIPS v0.1: torchvision's VGG16 and the authors' linear heads -> params of `models.features.lpips`."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fid_imagegen.interop.state_dict import convert_state_dict, read_state_dict
+from fid_imagegen.models.features.lpips import LPIPS
+
+# Positions of the 13 convolutions in torchvision's `features`, which counts ReLUs and pools too.
+VGG16_POSITIONS = {
+    **{"conv1_1": 0, "conv1_2": 2, "conv2_1": 5, "conv2_2": 7, "conv3_1": 10, "conv3_2": 12, "conv3_3": 14},
+    **{"conv4_1": 17, "conv4_2": 19, "conv4_3": 21, "conv5_1": 24, "conv5_2": 26, "conv5_3": 28},
+}
+TORCH_LEAVES = {"kernel": "weight", "bias": "bias"}
+REMEDY = "put the file there, or set config.distance = 'l2', the stated variant without these weights"
+
+
+def load_lpips(vgg16_path: str | Path, heads_path: str | Path) -> dict:
+    """Params for `lpips_distance`, float32.
+
+    `vgg16_path`: torchvision's state dict, e.g. vgg16-397923af.pth, or the same as .safetensors or .npz; its classifier is
+    not used. `heads_path`: lpips_v0.1_linear_heads.npz (vgg.lin0.model.1.weight ...) or the authors' weights/v0.1/vgg.pth
+    (lin0.model.1.weight ...). Raises FileNotFoundError naming the file, ValueError listing tensors that do not fit.
+    """
+    vgg16 = read_state_dict(vgg16_path, "torchvision's VGG16 ImageNet weights (vgg16-397923af.pth)", REMEDY)
+    heads = read_state_dict(heads_path, "the LPIPS v0.1 linear heads (lpips_v0.1_linear_heads.npz or vgg.pth)", REMEDY)
+    return convert_lpips(vgg16, heads, f"{vgg16_path} and {heads_path}")
+
+
+def convert_lpips(vgg16: dict[str, np.ndarray], heads: dict[str, np.ndarray], source: str) -> dict:
+    """As `load_lpips`, from tensors by name."""
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    template = jax.eval_shape(LPIPS().init, jax.random.key(0), image, image)["params"]
+    # The heads' file holds three backbones, each under its name; each head is a 1x1 convolution to one channel.
+    heads = {k.removeprefix("vgg."): np.squeeze(v) for k, v in heads.items() if not k.startswith(("alex.", "squeeze."))}
+    trunk = {k: v for k, v in vgg16.items() if not k.startswith("classifier.")}
+    return convert_state_dict(trunk | heads, template, torch_name, source)
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    if path[0] == "vgg16":
+        _, convolution, leaf = path
+        return f"features.{VGG16_POSITIONS[convolution]}.{TORCH_LEAVES[leaf]}"
+    return f"{path[0]}.model.1.weight"

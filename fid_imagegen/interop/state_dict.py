@@ -1,0 +1,70 @@
+"""PyTorch state dicts -> parameter trees. Every converter of public weights goes through these two functions."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from einops import rearrange
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+# Ours -> PyTorch's, by rank of a Linen "kernel"; every other leaf has the same shape in both.
+KERNEL_LAYOUTS = {4: "o i h w -> h w i o", 2: "o i -> i o"}
+
+
+def read_state_dict(path: str | Path, what: str, remedy: str) -> dict[str, np.ndarray]:
+    """Tensors by name of a .npz, .safetensors or PyTorch .pth/.pt/.th file (the last needs torch installed).
+
+    `what` names the weights and `remedy` says what to do without them: both go into the error of a missing file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"found no file {str(path)!r}, expected {what}; {remedy}")
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            return dict(archive)
+    if path.suffix == ".safetensors":
+        return safetensors.numpy.load_file(path)
+    if path.suffix in (".pth", ".pt", ".th"):
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"found {str(path)!r} but no torch, which reading {path.suffix} needs; "
+                "pip install torch, or save the state dict as .safetensors or .npz elsewhere"
+            ) from error
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    raise ValueError(f"found {str(path)!r}, expected {what} as .npz, .safetensors or .pth; convert the file")
+
+
+def convert_state_dict(
+    tensors: Mapping[str, np.ndarray], template, torch_name: Callable[[tuple[str, ...]], str], source: str
+) -> dict:
+    """The float32 tree shaped like `template` (arrays or ShapeDtypeStructs), each leaf read from `torch_name(path)`.
+
+    ValueError lists every missing, extra and misshapen tensor at once; `source` says where they were looked for.
+    """
+    leaves, names = {}, set()
+    missing, misshapen = [], []
+    for path, leaf in flatten_dict(template).items():
+        name = torch_name(path)
+        names.add(name)
+        if name not in tensors:
+            missing.append(name)
+            continue
+        tensor = np.asarray(tensors[name], np.float32)
+        layout = KERNEL_LAYOUTS[leaf.ndim] if path[-1] == "kernel" else None
+        if layout and tensor.ndim == leaf.ndim:
+            tensor = rearrange(tensor, layout)
+        if tensor.shape != leaf.shape:
+            misshapen.append(f"{name} {tensors[name].shape} for {'/'.join(path)} {leaf.shape}")
+        leaves[path] = tensor
+    extra = sorted(set(tensors) - names)
+    problems = {"missing": missing, "extra": extra, "misshapen": misshapen}
+    if any(problems.values()):
+        lines = "\n".join(f"  {kind}: {', '.join(found)}" for kind, found in problems.items() if found)
+        raise ValueError(
+            f"found tensors that do not fit in {source}:\n{lines}\nexpected one per parameter; check the file"
+        )
+    return unflatten_dict(leaves)

@@ -1,0 +1,1 @@
+"""Networks: Linen modules whose constructor arguments are plain values."""

@@ -1,0 +1,1 @@
+"""Fixed networks that losses and metrics share."""

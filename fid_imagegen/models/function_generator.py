@@ -1,0 +1,197 @@
+"""The generator of image functions: a noisy image and its noise level in, the parameters of a coordinate MLP out.
+
+    noisy image -> patches -> FeatureExtractor (DiT blocks, adaLN-Zero) -> FunctionPredictor (weight tokens) -> function
+
+The extractor's blocks are gated by zeros at initialisation, so an untrained extractor is the identity on patch tokens, and a
+predictor pre-trained on bare patch tokens fits behind it without a jump (`reconstruct`).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from fid_imagegen.models.image_function import FUNCTION_PRESETS, CoordinateMLP, ImageFunctions
+from fid_imagegen.models.layers import (
+    XAVIER,
+    AdaLNZeroBlock,
+    DecoderBlock,
+    LevelEmbedding,
+    layer_norm,
+    sin_cos_positions,
+    stack,
+)
+
+# The predictor holds less than half of the parameters, as the paper says. S has DiT-S's trunk, B and L the wider ones.
+PRESETS = {
+    "tiny": {"width": 128, "heads": 4, "extractor_depth": 4, "predictor_depth": 2, "function": "5x64"},
+    "S": {"width": 384, "heads": 6, "extractor_depth": 12, "predictor_depth": 6, "function": "5x256"},
+    "B": {"width": 512, "heads": 8, "extractor_depth": 16, "predictor_depth": 8, "function": "5x256"},
+    "L": {"width": 768, "heads": 12, "extractor_depth": 20, "predictor_depth": 10, "function": "5x256"},
+}
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches, one Dense, and fixed 2-D sin-cos positions."""
+
+    patch: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens features"]:
+        rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
+        patches = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        tokens = nn.Dense(self.features, kernel_init=XAVIER, dtype=self.dtype, name="project")(patches.astype(self.dtype))
+        tokens = tokens + sin_cos_positions(rows, columns, self.features).astype(self.dtype)
+        return nn.with_logical_constraint(tokens, ("batch", "tokens", "features"))
+
+
+class FeatureExtractor(nn.Module):
+    """DiT blocks with adaLN-Zero, conditioned on the noise level and, where there are labels, on the label."""
+
+    width: int
+    heads: int
+    depth: int
+    num_classes: int
+    level_scale: float
+    dropout: float
+    remat: bool
+    unroll: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "batch tokens features"],
+        level_B: Float[Array, "batch"],
+        label_B: Int[Array, "batch"] | None,
+        deterministic: bool,
+    ) -> Float[Array, "batch tokens features"]:
+        condition = LevelEmbedding(self.width, self.level_scale, dtype=self.dtype, name="level")(level_B)
+        if self.num_classes:
+            embed = nn.Embed(self.num_classes, self.width, embedding_init=nn.initializers.normal(0.02), name="label")
+            condition = condition + embed(label_B).astype(self.dtype)
+        blocks = stack(
+            AdaLNZeroBlock,
+            self.depth,
+            remat=self.remat,
+            unroll=self.unroll,
+            static_argnums=(3,),
+            heads=self.heads,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            name="blocks",
+        )
+        return blocks(tokens, condition, deterministic)[0]
+
+
+class FunctionPredictor(nn.Module):
+    """Learned weight tokens that attend to themselves and to image features; one head per layer of the function.
+
+    A layer with g predicted columns owns g tokens; its head (LayerNorm + Dense) turns each into a column over fan-in.
+    """
+
+    kind: CoordinateMLP
+    width: int
+    heads: int
+    depth: int
+    remat: bool
+    unroll: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "batch tokens features"]) -> dict[str, Array]:
+        columns = self.kind.columns
+        tokens = self.param("weight_tokens", nn.initializers.normal(1.0), (sum(columns), self.width))
+        tokens = jnp.broadcast_to(tokens.astype(self.dtype), (features.shape[0], *tokens.shape))
+        context = layer_norm("norm_context", affine=True, dtype=self.dtype)(features)
+        blocks = stack(
+            DecoderBlock,
+            self.depth,
+            remat=self.remat,
+            unroll=self.unroll,
+            heads=self.heads,
+            dtype=self.dtype,
+            name="blocks",
+        )
+        tokens = blocks(tokens, context)[0]
+        per_image, start = {}, 0
+        # With `scale` zero-initialised heads start every image at the shared base function.
+        init = nn.initializers.zeros if self.kind.weight_update == "scale" else nn.initializers.lecun_normal()
+        for layer, ((fan_in, _), count) in enumerate(zip(self.kind.layer_sizes, columns, strict=True)):
+            own = layer_norm(f"head_norm_{layer}", affine=True, dtype=self.dtype)(tokens[:, start : start + count])
+            predicted = nn.Dense(fan_in, kernel_init=init, dtype=self.dtype, name=f"head_{layer}")(own)
+            predicted = rearrange(predicted, "b g f -> b f g")
+            per_image[f"columns_{layer}"] = nn.with_logical_constraint(predicted, ("batch", None, None))
+            start += count
+        return per_image
+
+
+class FunctionGenerator(nn.Module):
+    """Noisy images [batch, size, size, channels] and their noise levels -> `ImageFunctions`, in one evaluation.
+
+    kind: the image function. The input is expected scaled by c_in (unit variance); `level_B` is c_noise.
+    """
+
+    kind: CoordinateMLP
+    image_size: int
+    patch: int
+    width: int
+    heads: int
+    extractor_depth: int
+    predictor_depth: int
+    num_classes: int = 0
+    level_scale: float = 1000.0
+    dropout: float = 0.0
+    remat: bool = False
+    unroll: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"found image size {self.image_size} with patch {self.patch}, expected a multiple; "
+                "change config.data.image_size or config.model.patch"
+            )
+        common = {"width": self.width, "heads": self.heads, "remat": self.remat, "unroll": self.unroll, "dtype": self.dtype}
+        self.patches = PatchEmbedding(self.patch, self.width, dtype=self.dtype)
+        self.extractor = FeatureExtractor(
+            depth=self.extractor_depth,
+            num_classes=self.num_classes,
+            level_scale=self.level_scale,
+            dropout=self.dropout,
+            **common,
+        )
+        self.predictor = FunctionPredictor(self.kind, depth=self.predictor_depth, **common)
+        self.function = self.param("function", self.kind.init_shared)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        level_B: Float[Array, "batch"],
+        label_B: Int[Array, "batch"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> ImageFunctions:
+        """The functions of noisy images. `label_B` is needed when `num_classes` > 0 and ignored otherwise."""
+        features = self.extractor(self.patches(x), level_B, label_B, deterministic)
+        return self._functions(self.predictor(features))
+
+    def reconstruct(self, x: Float[Array, "batch height width channels"]) -> ImageFunctions:
+        """The functions of clean images by patch embedding and predictor alone: the subject of pre-training."""
+        return self._functions(self.predictor(self.patches(x)))
+
+    def _functions(self, per_image: dict[str, Array]) -> ImageFunctions:
+        grid = (self.image_size, self.image_size)
+        return ImageFunctions(kind=self.kind, grid=grid, shared=self.function, per_image=per_image)
+
+
+def function_kind(preset: str, *, channels: int, image_size: int, cutoff: str | float, **overrides) -> CoordinateMLP:
+    """The image function of a named size. `cutoff`: "nyquist" (image_size / 2, the default elsewhere) or cycles per image."""
+    if preset not in FUNCTION_PRESETS:
+        raise ValueError(f"found function preset {preset!r}, expected one of {sorted(FUNCTION_PRESETS)}")
+    cutoff = image_size / 2 if cutoff == "nyquist" else float(cutoff)
+    return CoordinateMLP(channels=channels, cutoff=cutoff, **(FUNCTION_PRESETS[preset] | overrides))

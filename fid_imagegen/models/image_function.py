@@ -1,0 +1,235 @@
+"""Image functions: coordinate MLPs whose weights differ from image to image.
+
+A set of image functions is `(kind, shared, per_image, native)`. `kind.evaluate(shared, per_image, coords, cell)` gives ONE
+image's values at coordinates; everything here vmaps it over the images, so that the Fourier features of a grid are
+computed once and not once per image.
+
+Coordinates are (row, column) in [-1, 1] at pixel centres: pixel i of N sits at (2 i + 1 - N) / N. They are made from integer
+pixel indices in float64, rounded once to float32 and stay float32: at the papers' cut-off of 1024 a phase reaches
+3,217 rad, which half precision cannot hold.
+
+Sources: TransINR (arXiv 2208.02801: the function, `normalize`), LDMI (arXiv 2504.16580: `scale`), SIREN (arXiv 2006.09661),
+ANR (arXiv 2407.15355: variational coordinates).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+PAPER_CUTOFF = 1024.0
+
+
+def axis_coordinates(size: int, *, full: float | None = None, offset: float = 0.0) -> np.ndarray:
+    """Float64 coordinates of `size` pixels that start `offset` pixels into an axis of `full` pixels (default: all of it)."""
+    full = size if full is None else full
+    return (2 * (np.arange(size) + offset) + 1 - full) / full
+
+
+def pixel_grid(height: int, width: int) -> np.ndarray:
+    """Pixel centres of a whole image, float32 [height * width, 2], row-major, (row, column)."""
+    rows, columns = np.meshgrid(axis_coordinates(height), axis_coordinates(width), indexing="ij")
+    return np.stack([rows.ravel(), columns.ravel()], axis=1).astype(np.float32)
+
+
+def pixel_cell(height: float, width: float) -> np.ndarray:
+    """Footprint of one pixel of a `height` x `width` image in coordinate units, float32 [2]."""
+    return np.asarray([2 / height, 2 / width], dtype=np.float32)
+
+
+def variational_coordinates(
+    coords_N2: Float[Array, "coordinates 2"], key: PRNGKeyArray, *, size: int
+) -> Float[Array, "coordinates 2"]:
+    """Coordinates jittered for training (ANR's variational coordinates), for a grid of `size` pixels on its longer side.
+
+    Gaussian of deviation 0.3 / size, clipped to +-0.5 / size as in ANR's code. A pixel is 2 / size wide, so the clip is half
+    of the half-pixel, a quarter of the pitch.
+    """
+    noise = jnp.clip(0.3 * jax.random.normal(key, coords_N2.shape), -0.5, 0.5)
+    return coords_N2 + noise / size
+
+
+def fourier_features(coords_N2: Float[Array, "coordinates 2"], frequencies: np.ndarray) -> Float[Array, "coordinates features"]:
+    """[cos(pi w x), sin(pi w x)] of both coordinates for every frequency w (cycles per image): 4 features a frequency."""
+    phases = jnp.pi * coords_N2.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies, jnp.float32)
+    phases = phases.reshape(coords_N2.shape[0], -1)
+    return jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordinateMLP:
+    """The plain MLP of one image. Its matrices are shared base matrices, updated per image by predicted columns.
+
+    channels: values per coordinate. width, depth: hidden width and number of linear layers (5x256 is TransINR's).
+    activation: "relu" on Fourier features, or "sine" (SIREN) on raw coordinates, whose first-layer frequency is `omega`.
+    bands, cutoff: log-spaced frequencies from 1 to `cutoff` cycles per image; the training grid's Nyquist rate is N / 2.
+    groups: predicted columns per layer, at most; column j of a matrix uses prediction j mod groups.
+    weight_update: "normalize" (base * prediction, columns scaled to unit norm over fan-in) or "scale" (base * (1 + prediction)).
+    """
+
+    channels: int
+    width: int = 256
+    depth: int = 5
+    activation: str = "relu"
+    bands: int = 64
+    cutoff: float = PAPER_CUTOFF
+    omega: float = 30.0
+    groups: int = 64
+    weight_update: str = "normalize"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for field, known in (("activation", ("relu", "sine")), ("weight_update", ("normalize", "scale"))):
+            if getattr(self, field) not in known:
+                raise ValueError(f"found {field}={getattr(self, field)!r}, expected one of {known}")
+        if self.depth < 2:
+            raise ValueError(f"found an image function of depth {self.depth}, expected at least 2 linear layers")
+        for _, fan_out in self.layer_sizes:
+            if fan_out % min(self.groups, fan_out):
+                raise ValueError(f"found {self.groups} groups for {fan_out} columns, expected a divisor; change function.groups")
+
+    @property
+    def layer_sizes(self) -> list[tuple[int, int]]:
+        """(fan-in, fan-out) of each linear layer."""
+        inputs = 2 if self.activation == "sine" else 4 * self.bands
+        widths = [inputs, *[self.width] * (self.depth - 1), self.channels]
+        return list(zip(widths[:-1], widths[1:], strict=True))
+
+    @property
+    def columns(self) -> list[int]:
+        """Predicted columns of each layer: one weight token each."""
+        return [min(self.groups, fan_out) for _, fan_out in self.layer_sizes]
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """Log-spaced frequencies, float64 [bands], in cycles per image."""
+        return np.exp(np.linspace(0.0, math.log(max(self.cutoff, 1.0)), self.bands))
+
+    def init_shared(self, key: PRNGKeyArray) -> dict[str, Array]:
+        """Base matrices and biases: Kaiming-uniform(a = sqrt 5) with ReLU, SIREN's with sine; the output gain is 1."""
+        shared = {"gain": jnp.ones((self.channels,))}
+        for layer, (fan_in, fan_out) in enumerate(self.layer_sizes):
+            key, kernel_key, bias_key = jax.random.split(key, 3)
+            bound = 1 / math.sqrt(fan_in)
+            if self.activation == "sine":
+                bound = 1 / fan_in if layer == 0 else math.sqrt(6 / fan_in) / self.omega
+            shared[f"kernel_{layer}"] = jax.random.uniform(kernel_key, (fan_in, fan_out), minval=-bound, maxval=bound)
+            bias_bound = 0.0 if self.activation == "sine" else bound
+            shared[f"bias_{layer}"] = jax.random.uniform(bias_key, (fan_out,), minval=-bias_bound, maxval=bias_bound)
+        return shared
+
+    def matrix(self, shared: dict[str, Array], per_image: dict[str, Array], layer: int) -> Float[Array, "fan_in fan_out"]:
+        """The layer's matrix for one image, from the base matrix and the predicted columns [fan_in, groups]."""
+        base, predicted = shared[f"kernel_{layer}"], per_image[f"columns_{layer}"].astype(jnp.float32)
+        predicted = jnp.tile(predicted, (1, base.shape[1] // predicted.shape[1]))
+        if self.weight_update == "scale":
+            return base * (1 + predicted)
+        product = base * predicted
+        return product * jax.lax.rsqrt(jnp.sum(product**2, axis=0, keepdims=True) + 1e-12)
+
+    def evaluate(
+        self,
+        shared: dict[str, Array],
+        per_image: dict[str, Array],
+        coords_N2: Float[Array, "coordinates 2"],
+        cell_2: Float[Array, "2"],
+    ) -> Float[Array, "coordinates channels"]:
+        """Values of one image at `coords_N2`. A point-sampled MLP has no use for `cell_2`, the footprint of a pixel."""
+        del cell_2
+        sine = self.activation == "sine"
+        x = coords_N2 if sine else fourier_features(coords_N2, self.frequencies)
+        for layer in range(self.depth):
+            matrix, bias = self.matrix(shared, per_image, layer), shared[f"bias_{layer}"]
+            # Sine phases stay float32 in the first layer: `omega` times a coordinate is a phase like any other.
+            dtype = jnp.float32 if sine and layer == 0 else self.dtype
+            x = jnp.matmul(x.astype(dtype), matrix.astype(dtype), preferred_element_type=jnp.float32) + bias
+            if layer < self.depth - 1:
+                x = jnp.sin(self.omega * x) if sine else jax.nn.relu(x)
+        return x * shared["gain"]
+
+
+FUNCTION_PRESETS = {
+    "5x256": {"width": 256, "depth": 5, "bands": 64, "groups": 64},  # faithful: TransINR's size
+    "5x128": {"width": 128, "depth": 5, "bands": 64, "groups": 64},
+    "5x64": {"width": 64, "depth": 5, "bands": 32, "groups": 32},
+}
+
+
+@flax.struct.dataclass
+class NativeTerm:
+    """What a consistency model adds to its network's function: image = skip * x_t + out * values.
+
+    noisy: x_t on the native grid [batch, height, width, channels]. skip, out: [batch].
+    """
+
+    noisy: Array
+    skip: Array
+    out: Array
+
+
+@flax.struct.dataclass
+class ImageFunctions:
+    """A batch of image functions. `grid` is the (height, width) they were trained at."""
+
+    kind: CoordinateMLP = flax.struct.field(pytree_node=False)
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    shared: Any = None
+    per_image: Any = None
+    native: NativeTerm | None = None
+
+    def __len__(self) -> int:
+        return jax.tree.leaves(self.per_image)[0].shape[0]
+
+    def __getitem__(self, images: slice) -> "ImageFunctions":
+        """The functions of a slice of the batch."""
+        pick = lambda tree: jax.tree.map(lambda x: x[images], tree)  # noqa: E731
+        return self.replace(per_image=pick(self.per_image), native=pick(self.native))
+
+
+def lanczos_weights(coords_N: Float[Array, "coordinates"], cell: Float[Array, ""], size: int) -> Float[Array, "coordinates size"]:
+    """Weights of `size` samples at each coordinate: Lanczos-3, widened where a pixel's footprint exceeds a sample.
+
+    Exactly one-hot at the samples themselves, so that a render on the native grid repeats the samples bit for bit.
+    """
+    stretch = jnp.maximum(1.0, cell * size / 2)
+    offsets = ((coords_N[:, None] + 1) * size - 1) / 2 - jnp.arange(size, dtype=jnp.float32)
+    nearest = jnp.round(offsets)
+    on_sample = (jnp.abs(offsets - nearest) < 1e-3) & (stretch <= 1.0 + 1e-6)
+    x = offsets / stretch
+    kernel = jnp.where(jnp.abs(x) < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0.0)
+    kernel = jnp.where(on_sample, (nearest == 0).astype(jnp.float32), kernel)
+    return kernel / jnp.sum(kernel, axis=1, keepdims=True)
+
+
+def evaluate(
+    functions: ImageFunctions, coords_N2: Float[Array, "coordinates 2"], cell_2: Float[Array, "2"]
+) -> Float[Array, "batch coordinates channels"]:
+    """Values of every function at the coordinates, the native term included (x_t resampled band-limited)."""
+    one = lambda per_image: functions.kind.evaluate(functions.shared, per_image, coords_N2, cell_2)  # noqa: E731
+    values_BNC = jax.vmap(one)(functions.per_image)
+    if functions.native is None:
+        return values_BNC
+    noisy, skip, out = functions.native.noisy, functions.native.skip, functions.native.out
+    rows_NH = lanczos_weights(coords_N2[:, 0], cell_2[0], noisy.shape[1])
+    columns_NW = lanczos_weights(coords_N2[:, 1], cell_2[1], noisy.shape[2])
+    resampled = jnp.einsum("nh,bhwc,nw->bnc", rows_NH, noisy, columns_NW, precision="highest")
+    return skip[:, None, None] * resampled + out[:, None, None] * values_BNC
+
+
+def evaluate_rematerialised(
+    functions: ImageFunctions, coords_N2: Float[Array, "coordinates 2"], cell_2: Float[Array, "2"], *, chunk: int
+) -> Float[Array, "batch coordinates channels"]:
+    """`evaluate` for training at sizes whose activations would not fit: chunks of coordinates, recomputed in the backward pass."""
+    count = coords_N2.shape[0]
+    if count <= chunk:
+        return evaluate(functions, coords_N2, cell_2)
+    padded = jnp.pad(coords_N2, ((0, -count % chunk), (0, 0))).reshape(-1, chunk, 2)
+    step = jax.checkpoint(lambda coords: evaluate(functions, coords, cell_2), prevent_cse=False)
+    values_KBNC = jax.lax.map(step, padded)
+    values = jnp.moveaxis(values_KBNC, 0, 1)
+    return values.reshape(values.shape[0], -1, values.shape[-1])[:, :count]

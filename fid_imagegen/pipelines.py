@@ -1,0 +1,143 @@
+"""The user's API: load a trained generator, generate image functions, render them at any size.
+
+    pipe = ImageFunctionPipeline.from_pretrained("runs/a")
+    functions = pipe.generate(num=16, seed=0)                  # one network evaluation
+    images = functions.render(height=512, width=768)           # uint8 [16, 512, 768, 3]
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from fid_imagegen import tasks
+from fid_imagegen.interop.safetensors_io import load_tree, save_tree
+from fid_imagegen.models import rendering
+from fid_imagegen.models.image_function import CoordinateMLP, ImageFunctions, NativeTerm
+from fid_imagegen.training.runs import read_params
+
+BATCH = 64
+MAX_NUM = 1_000_000
+
+
+class RenderableFunctions:
+    """A batch of generated image functions, detached from the network that made them."""
+
+    def __init__(self, functions: ImageFunctions):
+        self.functions = functions
+
+    def __len__(self) -> int:
+        return len(self.functions)
+
+    def __getitem__(self, images: slice) -> "RenderableFunctions":
+        """The functions of a slice of the batch."""
+        return RenderableFunctions(self.functions[images])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything needed to render."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.functions))
+
+    def render(
+        self,
+        height: int,
+        width: int,
+        window: rendering.Window | None = None,
+        filter: Literal["area", "point"] = "area",
+    ) -> UInt8[np.ndarray, "batch height width channels"]:
+        """uint8 images of any size. window: (top, left, bottom, right) in [0, 1], the part of the image to show.
+
+        A window aligned with the pixels of a larger render equals that render's crop bit for bit. Raises ValueError for sizes
+        below 1 or beyond `rendering.MAX_PIXELS`, and for windows outside [0, 1].
+        """
+        return rendering.render(self.functions, height, width, window=window, filter=filter, dtype=np.uint8)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the functions to one safetensors file that renders without the generator."""
+        functions = self.functions
+        tree = {"shared": functions.shared, "per_image": functions.per_image}
+        if functions.native is not None:
+            tree["native"] = {name: getattr(functions.native, name) for name in ("noisy", "skip", "out")}
+        metadata = {name: str(value) for name, value in dataclasses.asdict(functions.kind).items()}
+        metadata |= {"format": "fid_imagegen.image_functions.1", "grid": f"{functions.grid[0]}x{functions.grid[1]}"}
+        save_tree(path, jax.tree.map(np.asarray, tree), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RenderableFunctions":
+        """Reads a file of `save`. ValueError if it is another kind of file."""
+        tree, metadata = load_tree(path)
+        if metadata.get("format") != "fid_imagegen.image_functions.1":
+            raise ValueError(f"found format {metadata.get('format')!r} in {path}, expected a file of RenderableFunctions.save")
+        fields = {field.name: field.type(metadata[field.name]) for field in dataclasses.fields(CoordinateMLP)}
+        height, width = map(int, metadata["grid"].split("x"))
+        native = NativeTerm(**tree["native"]) if "native" in tree else None
+        return cls(
+            ImageFunctions(
+                kind=CoordinateMLP(**fields),
+                grid=(height, width),
+                shared=tree["shared"],
+                per_image=tree["per_image"],
+                native=native,
+            )
+        )
+
+
+class ImageFunctionPipeline:
+    """A trained generator of image functions."""
+
+    def __init__(self, config, params: dict[str, Any]):
+        self.config = config
+        self.task = tasks.build(config)
+        self.params = params
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ImageFunctionPipeline":
+        """Loads a work directory (its last evaluation EMA) or an exported folder.
+
+        Raises FileNotFoundError naming what is not there.
+        """
+        return cls(*read_params(folder))
+
+    @functools.cached_property
+    def _sample(self):
+        return jax.jit(self.task.sample, static_argnames="steps")
+
+    def generate(self, num: int, seed: int = 0, steps: int = 1, labels=None) -> RenderableFunctions:
+        """`num` image functions. Function i depends on (seed, i) alone: generating more repeats the first ones.
+
+        steps: network evaluations a function. labels: one class an image where the generator has classes (default: all in
+        turn). Raises ValueError for counts below 1, wrong labels, and generators that cannot sample.
+        """
+        if not 1 <= num <= MAX_NUM:
+            raise ValueError(f"found num={num}, expected 1 to {MAX_NUM:,}")
+        labels = self._check_labels(num, labels)
+        # Whole batches keep one compiled shape; what is beyond `num` is dropped.
+        batch, parts = min(num, BATCH), []
+        for start in range(0, num, batch):
+            index = np.arange(start, start + batch)
+            chosen = None if labels is None else jnp.asarray(labels[np.minimum(index, num - 1)])
+            made = self._sample(self.params, jax.random.key(seed), jnp.asarray(index), steps=steps, label_B=chosen)
+            parts.append(made)
+        return RenderableFunctions(_concatenate(parts, num))
+
+    def _check_labels(self, num: int, labels):
+        if labels is None:
+            return None
+        classes = self.config.model.num_classes
+        labels = np.asarray(labels, np.int32)
+        if labels.shape != (num,) or (classes and not ((labels >= 0) & (labels < classes)).all()):
+            raise ValueError(f"found labels of shape {labels.shape}, expected {num} integers from 0 to {classes - 1}")
+        return labels
+
+
+def _concatenate(parts: list[ImageFunctions], num: int) -> ImageFunctions:
+    per_image, native = (
+        jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num], *[getattr(part, name) for part in parts])
+        for name in ("per_image", "native")
+    )
+    return parts[0].replace(per_image=per_image, native=native)

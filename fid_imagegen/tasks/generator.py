@@ -1,0 +1,86 @@
+"""What the tasks of an image-function generator share: the model of a config, images from bytes, nets for objectives."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Key, UInt8
+
+from fid_imagegen.models.function_generator import PRESETS, FunctionGenerator, function_kind
+from fid_imagegen.models.image_function import (
+    ImageFunctions,
+    evaluate_rematerialised,
+    pixel_cell,
+    pixel_grid,
+    variational_coordinates,
+)
+
+FUNCTION_FIELDS = {"function_width": "width", "function_depth": "depth", "bands": "bands", "groups": "groups"}
+
+
+def build_generator(config) -> FunctionGenerator:
+    """The generator of `config.model` at `config.data`'s size. Fields left None take the preset's value."""
+    model = config.model
+    if model.preset not in PRESETS:
+        raise ValueError(f"found preset {model.preset!r}, expected one of {sorted(PRESETS)}; change config.model.preset")
+    preset = dict(PRESETS[model.preset])
+    function_preset = model.function or preset.pop("function")
+    preset.pop("function", None)
+    sizes = {field: value if model[field] is None else model[field] for field, value in preset.items()}
+    kind = function_kind(
+        function_preset,
+        channels=config.data.channels,
+        image_size=config.data.image_size,
+        cutoff=model.cutoff,
+        activation=model.activation,
+        weight_update=model.weight_update,
+        dtype=model.dtype,
+        **{name: model[field] for field, name in FUNCTION_FIELDS.items() if model[field] is not None},
+    )
+    return FunctionGenerator(
+        kind=kind,
+        image_size=config.data.image_size,
+        patch=model.patch,
+        num_classes=model.num_classes,
+        level_scale=model.level_scale,
+        dropout=model.dropout,
+        remat=model.remat,
+        unroll=model.unroll,
+        dtype=jnp.dtype(model.dtype),
+        **sizes,
+    )
+
+
+def to_float(images: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
+    """uint8 0..255 -> float32 [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def render_native(
+    functions: ImageFunctions, *, key: Key[Array, ""] | None, chunk: int
+) -> Float[Array, "batch height width channels"]:
+    """Values on the training grid; with a `key` at variational coordinates, the same for the whole batch."""
+    height, width = functions.grid
+    coords = jnp.asarray(pixel_grid(height, width))
+    if key is not None:
+        coords = variational_coordinates(coords, key, size=max(height, width))
+    values = evaluate_rematerialised(functions, coords, jnp.asarray(pixel_cell(height, width)), chunk=chunk)
+    return rearrange(values, "b (h w) c -> b h w c", h=height)
+
+
+def generator_net(model: FunctionGenerator, params, *, training: bool, variational: bool, chunk: int):
+    """The generator with `params` bound, as objectives and samplers see it: net(x, levels_BK, labels, key=) -> raw output."""
+
+    def net(x, levels_BK, label_B, *, key: Key[Array, ""] | None = None):
+        rngs = {"dropout": key} if training else None
+        functions = model.apply({"params": params}, x, levels_BK[:, 0], label_B, deterministic=not training, rngs=rngs)
+        jitter = jax.random.fold_in(key, 1) if training and variational else None
+        return render_native(functions, key=jitter, chunk=chunk)
+
+    return net
+
+
+def init_generator(model: FunctionGenerator, key: Key[Array, ""]):
+    """Fresh parameters (a plain dict)."""
+    size, channels = model.image_size, model.kind.channels
+    label = jnp.zeros((1,), jnp.int32) if model.num_classes else None
+    return model.init(key, jnp.zeros((1, size, size, channels)), jnp.zeros((1,)), label)["params"]

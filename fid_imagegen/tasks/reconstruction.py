@@ -1,0 +1,86 @@
+"""Pre-training of the function predictor: the function of a clean image, by patch embedding and predictor alone.
+
+The input is x0 c_in(sigma_min), what the generator sees of a clean image. The trunk takes no part and gets no gradient, so
+it leaves pre-training as it was initialised: the identity. With `edm` the network's output stands for x0 / sigma_data.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Int, Key
+
+from fid_imagegen.diffusion.distances import l2
+from fid_imagegen.diffusion.noise import NoiseRange
+from fid_imagegen.diffusion.preconditioning import c_in, preconditioning
+from fid_imagegen.models.image_function import ImageFunctions, NativeTerm
+from fid_imagegen.tasks.generator import build_generator, init_generator, render_native, to_float
+
+
+class ReconstructionTask:
+    """Group `generator` is trained by mean squared error on the rendered image."""
+
+    trained = ("generator",)
+    tracked: dict = {}
+
+    def __init__(self, config):
+        self.config = config
+        self.model = build_generator(config)
+        self.noise = NoiseRange(**config.noise)
+        self.clean_scale = preconditioning(config.preconditioning).clean_scale(self.noise)
+
+    def frozen(self) -> dict:
+        """No frozen groups."""
+        return {}
+
+    def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
+        """(trained groups, model state)."""
+        return {"generator": init_generator(self.model, key)}, {}
+
+    def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
+        """Mean squared error of a batch {"image": uint8 NHWC}: (loss, (model_state, metrics))."""
+        x0 = to_float(batch["image"])
+        jitter = key if self.config.variational else None
+        rendered = self.clean_scale * render_native(
+            self._functions(groups["generator"], x0), key=jitter, chunk=self.config.render_chunk
+        )
+        loss = jnp.mean(l2(rendered, x0))
+        # Peak-to-peak 2: images are in [-1, 1].
+        return loss, (model_state, {"psnr": 10 * jnp.log10(4 / loss)})
+
+    def reconstruct(self, params, x0: Array, *, trunk: bool = False) -> ImageFunctions:
+        """The functions of clean images in [-1, 1]. With `trunk` the features pass through the noise-conditioned trunk."""
+        functions = self._functions(params["generator"], x0, trunk=trunk)
+        batch = x0.shape[0]
+        return functions.replace(
+            native=NativeTerm(noisy=x0, skip=jnp.zeros((batch,)), out=jnp.full((batch,), self.clean_scale))
+        )
+
+    def preview(self, params, examples) -> dict[str, Array]:
+        """Each example beside its function on the native grid: {"reconstructions": [2 count, height, width, channels]}."""
+        x0 = to_float(examples)
+        values = render_native(self.reconstruct(params, x0), key=None, chunk=self.config.render_chunk)
+        return {"reconstructions": rearrange([x0, values], "pair b h w c -> (b pair) h w c")}
+
+    def sample(self, params, key, index_B, *, steps: int = 1, label_B=None) -> ImageFunctions:
+        """A predictor cannot sample."""
+        raise ValueError("found a reconstruction run, expected a generator: train the consistency task, or call reconstruct()")
+
+    def _functions(self, params, x0, *, trunk: bool = False) -> ImageFunctions:
+        scaled = x0 * c_in(jnp.asarray(self.noise.sigma_min), self.noise)
+        if not trunk:
+            return self.model.apply({"params": params}, scaled, method=self.model.reconstruct)
+        level_B = jnp.full((x0.shape[0],), jnp.log(self.noise.sigma_min) / 4)
+        label_B = jnp.zeros((x0.shape[0],), jnp.int32) if self.model.num_classes else None
+        return self.model.apply({"params": params}, scaled, level_B, label_B)
+
+
+def rendered_psnr(task: ReconstructionTask, params, images, *, trunk: bool = False) -> float:
+    """Mean PSNR in dB of reconstructions of uint8 images on the native grid, each image's own, averaged."""
+    x0 = to_float(jnp.asarray(images))
+
+    @jax.jit
+    def measure(params, x0):
+        values = render_native(task.reconstruct(params, x0, trunk=trunk), key=None, chunk=task.config.render_chunk)
+        return jnp.mean(10 * jnp.log10(4 / l2(values, x0)))
+
+    return float(measure(params, x0))

@@ -1,0 +1,1 @@
+"""State, optimizer, checkpoints and the loop."""

@@ -1,0 +1,104 @@
+"""Checkpoints of a work directory: state, EMAs, optimizer and data position as one atomic unit. All of Orbax is in this file.
+
+A checkpoint is `WORKDIR/checkpoints/STEP/{state,meta}`; the step is the position in the data, `meta` holds the fingerprints
+of the data set and of the frozen groups. Orbax writes beside and renames, so that a directory named by a number is whole, and a
+killed save leaves nothing that would be read.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+STATE, META = "state", "meta"
+
+
+class Checkpoints:
+    """The checkpoints of one work directory. `save` returns while writing goes on; `close` waits for it."""
+
+    def __init__(self, workdir: str | Path, *, keep: int):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any, meta: dict) -> None:
+        """Starts writing `state` as checkpoint `step`; a checkpoint that exists is left as it is."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), META: ocp.args.JsonSave(meta)})
+        self._guard(lambda: self._manager.save(step, args=items))
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk; raises what went wrong in the background."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for writes and releases the directory."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict] | None:
+        """The newest readable checkpoint as (state, meta), laid out as the shardings of `abstract_state`; None if there is none.
+
+        An unreadable one is reported, moved aside as `unreadable-STEP`, and the one before it is tried.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                items = {STATE: ocp.args.StandardRestore(abstract_state), META: ocp.args.JsonRestore()}
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+                jax.block_until_ready(restored[STATE])
+                return restored[STATE], restored[META]
+            except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
+                self._set_aside(step, error)
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        target = self.directory / f"unreadable-{step}"
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        logging.error("checkpoint %d cannot be read (%s); moved to %s, trying the one before", step, reason, target)
+        if jax.process_index() == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"unreadable-{step}")
+        self._manager.reload()
+
+    def _guard(self, write) -> None:
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RuntimeError(
+                f"found a failed checkpoint write in {self.directory} ({str(error).strip().splitlines()[-1][:300]}), expected "
+                "free and writable space; free some and run the same command again: earlier checkpoints are whole"
+            ) from error
+
+
+def load_groups(workdir: str | Path) -> tuple[int, dict[str, Any]]:
+    """(step, {"params", "ema"}) of the newest readable checkpoint as numpy arrays, without knowing the model.
+
+    Raises FileNotFoundError where there is none.
+    """
+    directory = Path(workdir).absolute() / "checkpoints"
+    steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
+    for step in steps:
+        try:
+            tree = ocp.PyTreeCheckpointer().restore(
+                directory / str(step) / STATE, args=ocp.args.PyTreeRestore(restore_args=_as_numpy(directory / str(step) / STATE))
+            )
+            return step, {"params": tree["params"], "ema": tree["ema"]}
+        except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
+            logging.error("checkpoint %d in %s cannot be read (%s); trying the one before", step, directory, error)
+    raise FileNotFoundError(f"found no readable checkpoint in {directory}, expected one; train into {workdir} first")
+
+
+def _as_numpy(path: Path) -> Any:
+    """Restore arguments that read every array as numpy: the mesh it was saved on need not exist here."""
+    metadata = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
+    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)

@@ -1,0 +1,253 @@
+"""The training loop, one story in fixed order:
+
+    mesh -> data -> abstract state -> shardings -> jitted init or restore -> compile -> writers -> loop
+
+In the loop: evaluate, checkpoint, THEN fetch the next batch, dispatch the step, look at the previous step's metrics. The order
+matters: a checkpoint's step is its position in the data, so nothing may be fetched before it is written.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from tqdm import tqdm
+
+from fid_imagegen import tasks
+from fid_imagegen.data import pipeline, sources
+from fid_imagegen.interop.safetensors_io import save_tree
+from fid_imagegen.models.rendering import quantise
+from fid_imagegen.parallel import mesh as meshes
+from fid_imagegen.parallel import sharding
+from fid_imagegen.training import ema, optimizer, runs, state, warm_start, writers
+from fid_imagegen.training.checkpoint import Checkpoints
+from fid_imagegen.training.preemption import Preemption
+
+Evaluator = Callable[[object, dict], Mapping[str, float]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A step gave a loss or gradient that is not finite; the checkpoint before it is whole."""
+
+
+class Run:
+    """Everything a run needs before its first step; `train` is the loop over it."""
+
+    def __init__(self, config, workdir: str | Path):
+        self.config, self.workdir = config, Path(workdir)
+        self.mesh = meshes.make_mesh(**config.mesh)
+        meshes.check_batch(config.batch_size, config.accumulate, self.mesh)
+        self.task = tasks.build(config)
+        self.optimizers = optimizer.build_all(config, self.task.trained)
+        self.source = sources.make_source(config.data)
+        self._check_labels()
+        runs.write_config(self.workdir, config)
+        self.key = jax.random.key(config.seed)
+        with jax.set_mesh(self.mesh):
+            self._lay_out()
+
+    def _check_labels(self):
+        classes = getattr(self.config.model, "num_classes", 0)
+        if classes and self.source.num_classes != classes:
+            raise ValueError(
+                f"found {self.source.num_classes} classes in {self.source.name}, expected {classes}; change config.model.num_classes"
+            )
+
+    def _lay_out(self):
+        self.frozen = jax.device_put(self.task.frozen(), meshes.replicated(self.mesh))
+        self.frozen_hashes = {name: _save_frozen(self.workdir, name, tree) for name, tree in self.frozen.items()}
+        decays = self.config.ema_decays
+        self.abstract = jax.eval_shape(lambda key: state.create(self.task, self.optimizers, decays, key), self.key)
+        self.shardings = sharding.resolve(
+            self.config.sharding.rules, self.abstract, self.mesh, min_size=self.config.sharding.min_size
+        )
+        self.batch_sharding = meshes.batch_sharding(self.mesh)
+        self.step = state.compile_step(
+            self.task, self.optimizers, self.config, self.mesh, self.shardings, self.batch_sharding
+        )
+
+    @property
+    def meta(self) -> dict:
+        """What a checkpoint must agree with: the data set and the frozen weights."""
+        return {"data": self.source.fingerprint, "frozen": self.frozen_hashes}
+
+    def restore(self, checkpoints: Checkpoints) -> state.TrainState | None:
+        """The newest readable checkpoint on this mesh; ValueError if it was made with other data or frozen weights."""
+        layout = jax.tree.map(
+            lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where), self.abstract, self.shardings
+        )
+        restored = checkpoints.restore(layout)
+        if restored is None:
+            return None
+        saved, meta = restored
+        if meta != self.meta:
+            differing = [name for name in self.meta if meta.get(name) != self.meta[name]]
+            raise ValueError(
+                f"found a checkpoint in {self.workdir} made with other {' and '.join(differing)}: {meta}, expected {self.meta}; "
+                "give the same data and weights, or choose a new --workdir"
+            )
+        return saved
+
+    def initial(self) -> state.TrainState:
+        """The state of step 0: jitted init into its shardings, groups of `config.init` filled from other runs."""
+        init = jax.jit(self.task.init, out_shardings=(self.shardings.params, self.shardings.model_state))
+        params, model_state = init(self.key)
+        params = warm_start.fill(params, dict(self.config.init))
+        build = jax.jit(
+            lambda params, model_state: state.from_params(
+                self.task, self.optimizers, self.config.ema_decays, params, model_state
+            ),
+            out_shardings=self.shardings,
+        )
+        return build(params, model_state)
+
+    def batches(self, start: int):
+        """Global batches from step `start` on, this process's rows read here."""
+        rows = pipeline.batches(
+            self.source,
+            self.config.data,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for batch in rows:
+            yield pipeline.to_global({name: batch[name] for name in ("image", "label")}, self.batch_sharding)
+
+
+def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()) -> bool:
+    """Trains to `config.num_steps`, resuming what `workdir` holds. False if asked to stop before the end (it has saved).
+
+    evaluators: called with (task, evaluation parameters) every `config.log.sample_every` steps; their scalars are logged.
+    Raises NonFiniteLossError at the first step whose loss is not finite.
+    """
+    run = Run(config, workdir)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    with jax.set_mesh(run.mesh), Preemption() as preemption:
+        current = run.restore(checkpoints) or run.initial()
+        start = int(current.step)
+        writer = writers.Writer(workdir, start=start, tensorboard=config.log.tensorboard)
+        if start == 0 and jax.process_index() == 0:
+            overview = parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False)
+            (run.workdir / "parameters.txt").write_text(overview + "\n")
+        meter = Meter(config, writer, start)
+        preview = jax.jit(run.task.preview)
+        examples = _preview_examples(run)
+        batches = run.batches(start)
+        stopped = False
+        try:
+            for step in range(start, config.num_steps + 1):
+                stopped = preemption.reached(step) and step < config.num_steps
+                last = step == config.num_steps or stopped
+                if step > start and (step % config.log.sample_every == 0 or step == config.num_steps):
+                    params = current.ema[ema.name(config.ema_decays[-1])] if config.ema_decays else current.params
+                    writer.write_images(step, _sheets(preview(params, examples)))
+                    for evaluate in evaluators:
+                        meter.extra |= evaluate(run.task, params)
+                if step > start and (step % config.checkpoint.every == 0 or last):
+                    meter.settle(step)
+                    checkpoints.save(step, current, run.meta)
+                if last:
+                    break
+                _profile(config.profile, step, workdir)
+                batch = next(batches)
+                current, metrics = run.step(current, run.frozen, batch, run.key)
+                meter.dispatched(step + 1, metrics)
+            meter.settle(step)
+        finally:
+            batches.close()
+            writer.close()
+            checkpoints.close()
+            meter.close()
+    if stopped:
+        logging.warning("asked to stop: saved step %d in %s; run the same command again to go on", step, workdir)
+    return not stopped
+
+
+class Meter:
+    """Progress, logs and the finite check, one step behind the device so that the host never holds it up."""
+
+    def __init__(self, config, writer: writers.Writer, start: int):
+        self.config, self.writer = config, writer
+        self.extra: dict[str, float] = {}
+        self._pending = None
+        self._last_finite = "none yet"
+        self._since, self._since_step = time.monotonic(), start
+        visible = jax.process_index() == 0
+        self._bar = tqdm(total=config.num_steps, initial=start, desc=config.task, disable=not visible, mininterval=1.0)
+
+    def dispatched(self, step: int, metrics) -> None:
+        """Notes the metrics of a step just dispatched and reads those of the one before."""
+        pending, self._pending = self._pending, (step, metrics)
+        if pending:
+            self._read(*pending)
+
+    def settle(self, step: int) -> None:
+        """Reads what is pending; after it the state of `step` is known to be finite."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._read(*pending)
+
+    def _read(self, step: int, metrics) -> None:
+        if not bool(metrics["finite"]):
+            self._log(step, metrics)
+            raise NonFiniteLossError(
+                f"found a non-finite loss or gradient at step {step} (loss {float(metrics['loss'])}, gradient norm "
+                f"{float(metrics['gradient_norm'])}); the last finite values: {self._last_finite}; expected finite ones; "
+                "the checkpoint before it is whole: lower the learning rate, clip gradients, or compute in float32"
+            )
+        self._bar.update(1)
+        if step % self.config.log.every == 0 or step == self.config.num_steps:
+            self._log(step, metrics)
+
+    def _log(self, step: int, metrics) -> None:
+        values = {name: float(value) for name, value in metrics.items() if name != "finite"}
+        now = time.monotonic()
+        rate = (step - self._since_step) * self.config.batch_size / max(now - self._since, 1e-9)
+        self._since, self._since_step = now, step
+        if np.isfinite(values["loss"]):
+            self._last_finite = f"step {step}, loss {values['loss']:.6g}, gradient norm {values['gradient_norm']:.6g}"
+        self._bar.set_postfix_str(f"loss {values['loss']:.4g}, {rate:.0f} images/s")
+        self.writer.write_scalars(step, values | {"images_per_second": rate} | self.extra)
+        self.extra = {}
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
+
+
+def _preview_examples(run: Run):
+    """A few images for the preview: held out where there are any."""
+    source = sources.make_source(run.config.data, held_out=True) if run.config.data.holdout_every else run.source
+    count = min(run.config.log.num_samples, len(source))
+    return jnp.asarray(pipeline.examples(source, run.config.data, range(count)))
+
+
+def _sheets(previews: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    return {name: writers.tile(np.asarray(quantise(images))) for name, images in previews.items()}
+
+
+def _save_frozen(workdir: Path, name: str, tree) -> str:
+    """Writes a frozen group once, named by its content; returns the hash."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    path = workdir / "frozen" / f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    if jax.process_index() == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tree(path, jax.tree.map(np.asarray, tree), {})
+    return digest.hexdigest()
+
+
+def _profile(window, step: int, workdir) -> None:
+    """Traces steps window.start .. window.start + window.steps - 1 into WORKDIR/profile."""
+    if window.steps and step == window.start:
+        jax.profiler.start_trace(str(Path(workdir) / "profile"))
+    if window.steps and step == window.start + window.steps:
+        jax.profiler.stop_trace()

@@ -1,0 +1,67 @@
+"""A work directory as others find it: its resolved `config.json`, and the parameters of its newest checkpoint."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fid_imagegen.interop.safetensors_io import load_tree
+from fid_imagegen.training import ema
+from fid_imagegen.training.checkpoint import load_groups
+
+# What may change between two starts of one run: where it runs and what it reports, never what it computes.
+FREE_KEYS = ("mesh", "sharding", "checkpoint", "log", "profile", "accumulate")
+
+
+def write_config(workdir: str | Path, config: ConfigDict) -> None:
+    """Writes `config.json`, or checks it: a work directory belongs to one config, but for FREE_KEYS.
+
+    Raises ValueError listing the keys that differ.
+    """
+    path = Path(workdir) / "config.json"
+    resolved = json.loads(config.to_json())
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{key}: {old!r} there, {new!r} now"
+            for key, old, new in _differences(stored, resolved)
+            if key.split(".")[0] not in FREE_KEYS
+        ]
+        if differing:
+            raise ValueError(
+                f"found another config in {path}: {'; '.join(differing[:10])}; expected the same; "
+                "resume with that config, or choose a new --workdir"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _differences(old: Any, new: Any, prefix: str = ""):
+    """(key, old, new) of every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            yield from _differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new
+
+
+def read_config(folder: str | Path) -> ConfigDict:
+    """The resolved config of a work directory or exported folder."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"found no {path}, expected a work directory or an exported folder; check the path")
+    return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_params(folder: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """(config, trained groups) of a work directory (its last evaluation EMA) or exported folder (`model.safetensors`)."""
+    config = read_config(folder)
+    exported = Path(folder) / "model.safetensors"
+    if exported.exists():
+        return config, load_tree(exported)[0]
+    _, groups = load_groups(folder)
+    return config, groups["ema"][ema.name(config.ema_decays[-1])] if config.ema_decays else groups["params"]
