@@ -1,8 +1,8 @@
 """The user's API: load a trained generator, generate image functions, render them at any size.
 
-    pipe = ImageFunctionPipeline.from_pretrained("runs/a")
-    functions = pipe.generate(num=16, seed=0)                  # one network evaluation
-    images = functions.render(height=512, width=768)           # uint8 [16, 512, 768, 3]
+pipe = ImageFunctionPipeline.from_pretrained("runs/a")
+functions = pipe.generate(num=16, seed=0)                  # one network evaluation
+images = functions.render(height=512, width=768)           # uint8 [16, 512, 768, 3]
 """
 
 import dataclasses
@@ -72,7 +72,9 @@ class RenderableFunctions:
         """Reads a file of `save`. ValueError if it is another kind of file."""
         tree, metadata = load_tree(path)
         if metadata.get("format") != "fid_imagegen.image_functions.1":
-            raise ValueError(f"found format {metadata.get('format')!r} in {path}, expected a file of RenderableFunctions.save")
+            raise ValueError(
+                f"found format {metadata.get('format')!r} in {path}, expected a file of RenderableFunctions.save"
+            )
         fields = {field.name: field.type(metadata[field.name]) for field in dataclasses.fields(CoordinateMLP)}
         height, width = map(int, metadata["grid"].split("x"))
         native = NativeTerm(**tree["native"]) if "native" in tree else None

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict, config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where config.json, checkpoints, metrics and samples go", required=True)
-DISTRIBUTED = flags.DEFINE_string("distributed", "off", "off, auto (the cluster's own environment), or HOST:PORT of process 0")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed", "off", "off, auto (the cluster's own environment), or HOST:PORT of process 0"
+)
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "with --distributed=HOST:PORT")
 PROCESS_ID = flags.DEFINE_integer("process_id", 0, "with --distributed=HOST:PORT")
 
@@ -35,8 +37,8 @@ def run(config: ConfigDict, workdir: str) -> bool:
         return train(config, workdir)
     if config.init.generator:
         raise ValueError(
-            f"found config.init.generator={config.init.generator!r} together with pretrain.num_steps={config.pretrain.num_steps}, "
-            "expected one of the two; set config.pretrain.num_steps=0 to start from the given run"
+            f"found config.init.generator={config.init.generator!r} together with "
+            f"pretrain.num_steps={config.pretrain.num_steps}, expected one of the two; set config.pretrain.num_steps=0 to start from the given run"
         )
     phase = pretrain_config(config)
     if not train(phase, f"{workdir}/pretrain", evaluators=held_out_psnr(phase.data)):
@@ -58,7 +60,9 @@ def initialize_distributed() -> None:
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"found arguments {argv[1:]}, expected flags only: --config, --workdir, --config.KEY=VALUE")
+        raise app.UsageError(
+            f"found arguments {argv[1:]}, expected flags only: --config, --workdir, --config.KEY=VALUE"
+        )
     initialize_distributed()
     logging.info("%d process(es), devices: %s", jax.process_count(), jax.devices())
     finished = run(CONFIG.value, WORKDIR.value)

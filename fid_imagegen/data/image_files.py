@@ -34,8 +34,8 @@ class ImageFiles:
     """`path`: a folder, read recursively, or a .zip. Records are in order of their names within their common folder.
 
     Where every image sits in a sub-folder of that common folder, the first sub-folders' names, sorted, are the classes;
-    otherwise the set is unlabelled. Hidden files and `__MACOSX` are passed over. `fingerprint` covers the names and
-    sizes of the files, so a folder and a zip of it share one.
+    otherwise the set is unlabelled. Hidden files, such as the forks macOS zips, are passed over. `fingerprint` covers
+    the names and sizes of the files, so a folder and a zip of it share one.
 
     Errors: FileNotFoundError for a missing path; ValueError for a path without images, and for files whose header is
     unreadable, with more than 8 bits per channel, or with a shorter side below `image_size`, unless `skip_unreadable`,
@@ -65,7 +65,8 @@ class ImageFiles:
         labelled = all(len(name.parts) > 1 for name in inner)
         self.classes = sorted({name.parts[0] for name in inner}) if labelled else []
         self.num_classes = len(self.classes)
-        self.labels = [self.classes.index(name.parts[0]) if labelled else 0 for name in inner]
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [number[name.parts[0]] if labelled else 0 for name in inner]
         listing = [(str(name), sizes[file]) for name, file in zip(inner, self.files, strict=True)]
         self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()
 
@@ -143,5 +144,4 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _hidden(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return "__MACOSX" in parts or any(part.startswith(".") for part in parts)
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)

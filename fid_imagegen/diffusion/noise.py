@@ -22,7 +22,9 @@ class NoiseRange:
 
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max or self.sigma_data <= 0:
-            raise ValueError(f"found {self}, expected 0 < sigma_min < sigma_max and sigma_data > 0; change config.noise")
+            raise ValueError(
+                f"found {self}, expected 0 < sigma_min < sigma_max and sigma_data > 0; change config.noise"
+            )
 
 
 def karras_sigma(index: Float[Array, "..."], count: Int[Array, ""], noise: NoiseRange) -> Float[Array, "..."]:
@@ -38,7 +40,10 @@ def ct_levels(step: Int[Array, ""], num_steps: int, s0: int, s1: int) -> Int[Arr
 
 
 def ct_target_decay(step: Int[Array, ""], num_steps: int, s0: int, s1: int, mu0: float) -> Float[Array, ""]:
-    """mu(k) = exp(s0 ln(mu0) / (N(k) - 1)) of the released CM code. The paper prints N(k) without the -1 (0.9, not 0.81, at k = 0)."""
+    """mu(k) = exp(s0 ln(mu0) / (N(k) - 1)) of the released CM code.
+
+    The paper prints N(k) without the -1: 0.9, not 0.81, at k = 0.
+    """
     return jnp.exp(s0 * jnp.log(mu0) / (ct_levels(step, num_steps, s0, s1) - 1))
 
 
@@ -49,7 +54,9 @@ def ict_levels(step: Int[Array, ""], num_steps: int, s0: int, s1: int) -> Int[Ar
     return jnp.minimum(s0 * 2**stage, s1) + 1
 
 
-def lognormal_sigmas(keys_B: Key[Array, "batch"], mean: float, deviation: float, noise: NoiseRange) -> Float[Array, "batch"]:
+def lognormal_sigmas(
+    keys_B: Key[Array, "batch"], mean: float, deviation: float, noise: NoiseRange
+) -> Float[Array, "batch"]:
     """ln sigma ~ N(mean, deviation^2), truncated to [sigma_min, sigma_max]; one key an example."""
     low = (jnp.log(noise.sigma_min) - mean) / deviation
     high = (jnp.log(noise.sigma_max) - mean) / deviation

@@ -16,7 +16,11 @@ def sampling_sigmas(steps: int, noise: NoiseRange) -> np.ndarray:
     """Levels of a `steps`-step sample: sigma_max alone, or log-spaced from sigma_max down to 0.821."""
     if steps < 1:
         raise ValueError(f"found {steps} sampling steps, expected at least 1")
-    return np.geomspace(noise.sigma_max, min(LAST_SIGMA, noise.sigma_max), steps) if steps > 1 else np.array([noise.sigma_max])
+    return (
+        np.geomspace(noise.sigma_max, min(LAST_SIGMA, noise.sigma_max), steps)
+        if steps > 1
+        else np.array([noise.sigma_max])
+    )
 
 
 def last_input(

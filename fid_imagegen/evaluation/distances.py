@@ -10,7 +10,7 @@ Statistics = tuple[Float[np.ndarray, "features"], Float[np.ndarray, "features fe
 
 
 def gaussian_statistics(features_ND: Float[np.ndarray, "samples features"]) -> Statistics:
-    """Mean [D] and unbiased covariance [D, D] of N >= 2 finite feature vectors; warns where N <= D leaves it singular."""
+    """Mean [D] and unbiased covariance [D, D] of N >= 2 finite feature vectors; warns of its rank where N <= D."""
     features_ND = np.asarray(features_ND, np.float64)
     if features_ND.ndim != 2 or len(features_ND) < 2:
         raise ValueError(f"found features {features_ND.shape}, expected [N >= 2, D]; give more samples, flattened")
@@ -32,16 +32,16 @@ def gaussian_statistics(features_ND: Float[np.ndarray, "samples features"]) -> S
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)), in squared units of the features. The trace of the root is
-    the sum of root eigenvalues of a symmetric matrix, so singular covariances need no added epsilon and no complex numbers.
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A^(1/2) B A^(1/2))^(1/2)), in squared units of the features. The trace of the
+    root is a sum of root eigenvalues of a symmetric matrix: singular covariances need no epsilon and no complex numbers.
     """
     (mean_a, cov_a), (mean_b, cov_b) = [tuple(np.asarray(part, np.float64) for part in stats) for stats in (a, b)]
     dimensions = mean_a.size
     for mean, cov in ((mean_a, cov_a), (mean_b, cov_b)):
         if mean.shape != (dimensions,) or cov.shape != (dimensions, dimensions):
             raise ValueError(
-                f"found mean {mean.shape} and covariance {cov.shape} beside {dimensions} dimensions, expected [D] and [D, D] "
-                "alike on both sides; take both statistics with the same features"
+                f"found mean {mean.shape} and covariance {cov.shape} beside {dimensions} dimensions, expected [D] and "
+                "[D, D] alike on both sides; take both statistics with the same features"
             )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise ValueError("found NaN or inf in the statistics, expected finite values; take them anew")
@@ -59,7 +59,7 @@ def psnr(
     b: Float[np.ndarray, "batch height width channels"],
     peak: float = 2.0,
 ) -> Float[np.ndarray, "batch"]:
-    """Peak signal-to-noise ratio of each pair in dB, infinite where equal. `peak` is 2 because images lie in [-1, 1]."""
+    """Peak signal-to-noise ratio of each pair in dB, inf where equal; `peak` is 2 because images lie in [-1, 1]."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(f"found shapes {a.shape} and {b.shape}, expected one [B, H, W, C]; pair the images first")

@@ -25,8 +25,8 @@ def check_images(images: np.ndarray) -> None:
 def pixels() -> Extract:
     """Flattened pixels scaled to [-1, 1] (x / 127.5 - 1), D = H * W * C.
 
-    The scale sets the unit of the distance: two random halves of sklearn's digits lie 0.296 +- 0.032 apart (20 seeds) in
-    [-1, 1], against 0.074 in [0, 1] and 19.0 in grey levels 0 to 16.
+    The scale sets the unit of the distance: two random halves of sklearn's digits (8x8) lie 0.296 +- 0.032 apart here
+    (20 seeds; 0.28 in the project's first probe), against 0.074 in [0, 1] and 19.0 in grey levels 0 to 16.
     """
 
     def extract(images):

@@ -1,4 +1,4 @@
-"""Public weights of LPIPS v0.1: torchvision's VGG16 and the authors' linear heads -> params of `models.features.lpips`."""
+"""Public weights of LPIPS v0.1, torchvision's VGG16 and the authors' linear heads -> params of `features.lpips`."""
 
 from pathlib import Path
 
@@ -6,24 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fid_imagegen.interop.state_dict import convert_state_dict, read_state_dict
+from fid_imagegen.interop.state_dict import TORCH_LEAVES, convert_state_dict, read_state_dict
 from fid_imagegen.models.features.lpips import LPIPS
+from fid_imagegen.models.features.vgg16 import STAGES
 
 # Positions of the 13 convolutions in torchvision's `features`, which counts ReLUs and pools too.
-VGG16_POSITIONS = {
-    **{"conv1_1": 0, "conv1_2": 2, "conv2_1": 5, "conv2_2": 7, "conv3_1": 10, "conv3_2": 12, "conv3_3": 14},
-    **{"conv4_1": 17, "conv4_2": 19, "conv4_3": 21, "conv5_1": 24, "conv5_2": 26, "conv5_3": 28},
-}
-TORCH_LEAVES = {"kernel": "weight", "bias": "bias"}
+VGG16_NAMES = [f"conv{stage}_{index + 1}" for stage, (_, n) in enumerate(STAGES, start=1) for index in range(n)]
+VGG16_POSITIONS = dict(zip(VGG16_NAMES, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), strict=True))
 REMEDY = "put the file there, or set config.distance = 'l2', the stated variant without these weights"
 
 
 def load_lpips(vgg16_path: str | Path, heads_path: str | Path) -> dict:
     """Params for `lpips_distance`, float32.
 
-    `vgg16_path`: torchvision's state dict, e.g. vgg16-397923af.pth, or the same as .safetensors or .npz; its classifier is
-    not used. `heads_path`: lpips_v0.1_linear_heads.npz (vgg.lin0.model.1.weight ...) or the authors' weights/v0.1/vgg.pth
-    (lin0.model.1.weight ...). Raises FileNotFoundError naming the file, ValueError listing tensors that do not fit.
+    `vgg16_path`: torchvision's state dict, e.g. vgg16-397923af.pth, or the same as .safetensors or .npz; its classifier
+    is not used. `heads_path`: lpips_v0.1_linear_heads.npz (vgg.lin0.model.1.weight ...) or the authors'
+    weights/v0.1/vgg.pth (lin0.model.1.weight ...).
+    Raises FileNotFoundError naming the file, ValueError listing tensors that do not fit.
     """
     vgg16 = read_state_dict(vgg16_path, "torchvision's VGG16 ImageNet weights (vgg16-397923af.pth)", REMEDY)
     heads = read_state_dict(heads_path, "the LPIPS v0.1 linear heads (lpips_v0.1_linear_heads.npz or vgg.pth)", REMEDY)

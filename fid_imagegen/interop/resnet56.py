@@ -1,11 +1,11 @@
-"""Public weights of the CIFAR-10 ResNet-56 (akamaster/pytorch_resnet_cifar10) -> params of `models.features.resnet56`."""
+"""Public weights of CIFAR-10's ResNet-56 (akamaster/pytorch_resnet_cifar10) -> params of `features.resnet56`."""
 
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from fid_imagegen.interop.state_dict import convert_state_dict, read_state_dict
+from fid_imagegen.interop.state_dict import TORCH_LEAVES, convert_state_dict, read_state_dict
 from fid_imagegen.models.features.resnet56 import ResNet56
 
 NORM_LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -26,5 +26,5 @@ def load_resnet56(path: str | Path) -> dict:
 def torch_name(path: tuple[str, ...]) -> str:
     """("layer1_0", "bn1", "scale") -> "layer1.0.bn1.weight"."""
     *modules, leaf = path
-    leaf = NORM_LEAVES[leaf] if modules[-1].startswith("bn") else {"kernel": "weight", "bias": "bias"}[leaf]
-    return ".".join([*modules, leaf]).replace("_", ".", 1) if len(modules) == 2 else f"{modules[0]}.{leaf}"
+    leaves = NORM_LEAVES if modules[-1].startswith("bn") else TORCH_LEAVES
+    return f"{'.'.join(modules).replace('_', '.')}.{leaves[leaf]}"

@@ -21,7 +21,8 @@ def save_tree(path: str | Path, tree: Mapping, metadata: Mapping[str, str]) -> N
     for keys, leaf in flatten_dict(tree, keep_empty_nodes=True).items():
         if not all(isinstance(key, str) and key and "/" not in key for key in keys) or not hasattr(leaf, "dtype"):
             raise ValueError(
-                f"found {keys} of {type(leaf).__name__}, expected arrays under non-empty text keys without '/'; rename or drop it"
+                f"found {keys} of {type(leaf).__name__}, expected arrays under non-empty text keys without '/'; "
+                "rename it or leave it out"
             )
         # safetensors reads memory as it lies: a transposed view would be saved in the wrong order.
         tensors["/".join(keys)] = np.asarray(leaf, order="C")
@@ -38,7 +39,7 @@ def save_tree(path: str | Path, tree: Mapping, metadata: Mapping[str, str]) -> N
 
 
 def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
-    """The (tree of numpy arrays, metadata) that `save_tree` wrote. ValueError where the file is truncated or no safetensors."""
+    """The (tree of numpy arrays, metadata) that `save_tree` wrote; ValueError where the file is cut short or foreign."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

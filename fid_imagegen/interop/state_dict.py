@@ -8,7 +8,8 @@ import safetensors.numpy
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Ours -> PyTorch's, by rank of a Linen "kernel"; every other leaf has the same shape in both.
+# A Linen leaf's name in PyTorch, and PyTorch's layout -> Linen's by rank of a kernel; other leaves keep their shape.
+TORCH_LEAVES = {"kernel": "weight", "bias": "bias"}
 KERNEL_LAYOUTS = {4: "o i h w -> h w i o", 2: "o i -> i o"}
 
 

@@ -44,7 +44,9 @@ class PatchEmbedding(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens features"]:
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
         patches = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        tokens = nn.Dense(self.features, kernel_init=XAVIER, dtype=self.dtype, name="project")(patches.astype(self.dtype))
+        tokens = nn.Dense(self.features, kernel_init=XAVIER, dtype=self.dtype, name="project")(
+            patches.astype(self.dtype)
+        )
         tokens = tokens + sin_cos_positions(rows, columns, self.features).astype(self.dtype)
         return nn.with_logical_constraint(tokens, ("batch", "tokens", "features"))
 
@@ -156,7 +158,13 @@ class FunctionGenerator(nn.Module):
                 f"found image size {self.image_size} with patch {self.patch}, expected a multiple; "
                 "change config.data.image_size or config.model.patch"
             )
-        common = {"width": self.width, "heads": self.heads, "remat": self.remat, "unroll": self.unroll, "dtype": self.dtype}
+        common = {
+            "width": self.width,
+            "heads": self.heads,
+            "remat": self.remat,
+            "unroll": self.unroll,
+            "dtype": self.dtype,
+        }
         self.patches = PatchEmbedding(self.patch, self.width, dtype=self.dtype)
         self.extractor = FeatureExtractor(
             depth=self.extractor_depth,

@@ -54,7 +54,9 @@ def variational_coordinates(
     return coords_N2 + noise / size
 
 
-def fourier_features(coords_N2: Float[Array, "coordinates 2"], frequencies: np.ndarray) -> Float[Array, "coordinates features"]:
+def fourier_features(
+    coords_N2: Float[Array, "coordinates 2"], frequencies: np.ndarray
+) -> Float[Array, "coordinates features"]:
     """[cos(pi w x), sin(pi w x)] of both coordinates for every frequency w (cycles per image): 4 features a frequency."""
     phases = jnp.pi * coords_N2.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies, jnp.float32)
     phases = phases.reshape(coords_N2.shape[0], -1)
@@ -91,7 +93,9 @@ class CoordinateMLP:
             raise ValueError(f"found an image function of depth {self.depth}, expected at least 2 linear layers")
         for _, fan_out in self.layer_sizes:
             if fan_out % min(self.groups, fan_out):
-                raise ValueError(f"found {self.groups} groups for {fan_out} columns, expected a divisor; change function.groups")
+                raise ValueError(
+                    f"found {self.groups} groups for {fan_out} columns, expected a divisor; change function.groups"
+                )
 
     @property
     def layer_sizes(self) -> list[tuple[int, int]]:
@@ -123,7 +127,9 @@ class CoordinateMLP:
             shared[f"bias_{layer}"] = jax.random.uniform(bias_key, (fan_out,), minval=-bias_bound, maxval=bias_bound)
         return shared
 
-    def matrix(self, shared: dict[str, Array], per_image: dict[str, Array], layer: int) -> Float[Array, "fan_in fan_out"]:
+    def matrix(
+        self, shared: dict[str, Array], per_image: dict[str, Array], layer: int
+    ) -> Float[Array, "fan_in fan_out"]:
         """The layer's matrix for one image, from the base matrix and the predicted columns [fan_in, groups]."""
         base, predicted = shared[f"kernel_{layer}"], per_image[f"columns_{layer}"].astype(jnp.float32)
         predicted = jnp.tile(predicted, (1, base.shape[1] // predicted.shape[1]))
@@ -191,7 +197,9 @@ class ImageFunctions:
         return self.replace(per_image=pick(self.per_image), native=pick(self.native))
 
 
-def lanczos_weights(coords_N: Float[Array, "coordinates"], cell: Float[Array, ""], size: int) -> Float[Array, "coordinates size"]:
+def lanczos_weights(
+    coords_N: Float[Array, "coordinates"], cell: Float[Array, ""], size: int
+) -> Float[Array, "coordinates size"]:
     """Weights of `size` samples at each coordinate: Lanczos-3, widened where a pixel's footprint exceeds a sample.
 
     Exactly one-hot at the samples themselves, so that a render on the native grid repeats the samples bit for bit.
@@ -224,7 +232,7 @@ def evaluate(
 def evaluate_rematerialised(
     functions: ImageFunctions, coords_N2: Float[Array, "coordinates 2"], cell_2: Float[Array, "2"], *, chunk: int
 ) -> Float[Array, "batch coordinates channels"]:
-    """`evaluate` for training at sizes whose activations would not fit: chunks of coordinates, recomputed in the backward pass."""
+    """`evaluate` for training at large sizes: chunks of coordinates, recomputed in the backward pass."""
     count = coords_N2.shape[0]
     if count <= chunk:
         return evaluate(functions, coords_N2, cell_2)

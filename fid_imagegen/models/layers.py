@@ -32,7 +32,9 @@ def sin_cos_positions(height: int, width: int, features: int) -> np.ndarray:
     The first half of the features encodes the row, the second the column, each as [sin, cos] of position / 10000^(k/n).
     """
     if features % 4:
-        raise ValueError(f"found {features} features, expected a multiple of 4 for 2-D sin-cos; change the model's width")
+        raise ValueError(
+            f"found {features} features, expected a multiple of 4 for 2-D sin-cos; change the model's width"
+        )
     frequencies = 1.0 / 10000 ** (np.arange(features // 4, dtype=np.float64) / (features // 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
 
@@ -78,7 +80,9 @@ class Attention(nn.Module):
     ) -> Float[Array, "batch queries features"]:
         features = queries.shape[-1]
         if features % self.heads:
-            raise ValueError(f"found width {features} with {self.heads} heads, expected a multiple; change width or heads")
+            raise ValueError(
+                f"found width {features} with {self.heads} heads, expected a multiple; change width or heads"
+            )
 
         def project(name, x):
             x = nn.Dense(features, use_bias=self.use_bias, kernel_init=XAVIER, dtype=self.dtype, name=name)(x)
@@ -116,7 +120,9 @@ class AdaLNZeroBlock(nn.Module):
         self, x: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"], deterministic: bool
     ) -> tuple[Float[Array, "batch tokens features"], None]:
         zeros = nn.initializers.zeros
-        modulation = nn.Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(condition))
+        modulation = nn.Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(
+            nn.silu(condition)
+        )
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None], 6, axis=-1)
         h = layer_norm("norm_attention", affine=False, dtype=self.dtype)(x) * (1 + scale_a) + shift_a
         h = Attention(self.heads, use_bias=True, dtype=self.dtype, name="attention")(h, h)

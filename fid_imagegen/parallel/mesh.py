@@ -53,5 +53,6 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     if batch_size % ways:
         raise ValueError(
             f"found batch size {batch_size} on a mesh of data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} with "
-            f"{accumulate} micro-batches, expected a multiple of {ways}; change config.batch_size, config.accumulate or config.mesh"
+            f"{accumulate} micro-batches, expected a multiple of {ways}; "
+            "change config.batch_size, config.accumulate or config.mesh"
         )

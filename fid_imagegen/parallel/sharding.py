@@ -3,7 +3,7 @@
 The first rule whose regex is found in an array's path ("params/generator/extractor/blocks/mlp/up/kernel") decides. Tactics:
     "replicate"            a whole copy everywhere
     "fsdp"                 the largest dimension that divides goes over `fsdp`; small arrays stay whole
-    ["-", "fsdp", "tensor"]    one mesh axis a dimension, "-" for none; a dimension that does not divide stays whole, and is logged
+    ["-", "fsdp", "tensor"]    one mesh axis a dimension, "-" for none; one that does not divide stays whole, and is logged
 Optimizer and EMA trees end in the path of the parameter they mirror, so that the same rule finds them.
 """
 
@@ -37,12 +37,16 @@ def resolve(rules: Sequence[Rule], tree: Any, mesh: Mesh, *, min_size: int) -> A
             if re.search(pattern, name):
                 used.add(number)
                 return NamedSharding(mesh, _spec(name, array.shape, tactic, mesh, min_size))
-        raise ValueError(f"found no sharding rule for {name}, expected one to match; add ('.*', 'fsdp') to config.sharding.rules")
+        raise ValueError(
+            f"found no sharding rule for {name}, expected one to match; add ('.*', 'fsdp') to config.sharding.rules"
+        )
 
     shardings = jax.tree_util.tree_map_with_path(sharding, tree)
     unused = [rules[number][0] for number in range(len(rules)) if number not in used]
     if unused:
-        raise ValueError(f"found sharding rules that match nothing: {unused}; correct or remove them in config.sharding.rules")
+        raise ValueError(
+            f"found sharding rules that match nothing: {unused}; correct or remove them in config.sharding.rules"
+        )
     return shardings
 
 
@@ -52,13 +56,17 @@ def _spec(name: str, shape: tuple[int, ...], tactic, mesh: Mesh, min_size: int) 
     if tactic == "fsdp":
         return _largest_dimension(shape, mesh.shape["fsdp"], min_size)
     if isinstance(tactic, str):
-        raise ValueError(f"found sharding tactic {tactic!r} for {name}, expected 'replicate', 'fsdp' or a list of mesh axes")
+        raise ValueError(
+            f"found sharding tactic {tactic!r} for {name}, expected 'replicate', 'fsdp' or a list of mesh axes"
+        )
     axes = [None if axis == "-" else axis for axis in tactic]
     named = [axis for axis in axes if axis]
     if unknown := [axis for axis in named if axis not in mesh.shape]:
         raise ValueError(f"found mesh axes {unknown} in the rule for {name}, expected of {list(mesh.shape)}")
     if len(named) != len(set(named)):
-        raise ValueError(f"found {list(tactic)} for {name}: two dimensions on one mesh axis, expected each axis at most once")
+        raise ValueError(
+            f"found {list(tactic)} for {name}: two dimensions on one mesh axis, expected each axis at most once"
+        )
     if len(axes) != len(shape):
         raise ValueError(f"found {len(axes)} axes in the rule for {name}, expected {len(shape)}: its shape is {shape}")
     if _size(shape) < min_size:

@@ -9,7 +9,14 @@ from jaxtyping import Array, Int, Key
 from fid_imagegen.diffusion import objectives
 from fid_imagegen.diffusion.distances import DISTANCES
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
-from fid_imagegen.diffusion.preconditioning import c_in, c_noise, c_skip, consistency_function, per_image, preconditioning
+from fid_imagegen.diffusion.preconditioning import (
+    c_in,
+    c_noise,
+    c_skip,
+    consistency_function,
+    per_image,
+    preconditioning,
+)
 from fid_imagegen.diffusion.samplers import last_input
 from fid_imagegen.interop.lpips import load_lpips
 from fid_imagegen.models.features.lpips import lpips_distance
@@ -110,6 +117,8 @@ class ConsistencyTask:
         """Labels of a sample: the given ones, or all classes in turn."""
         if not self.model.num_classes:
             if label_B is not None:
-                raise ValueError("found labels for a model without classes; leave labels out, or train with model.num_classes")
+                raise ValueError(
+                    "found labels for a model without classes; leave labels out, or train with model.num_classes"
+                )
             return None
         return index_B % self.model.num_classes if label_B is None else jnp.asarray(label_B, jnp.int32)

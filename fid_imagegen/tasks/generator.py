@@ -21,7 +21,9 @@ def build_generator(config) -> FunctionGenerator:
     """The generator of `config.model` at `config.data`'s size. Fields left None take the preset's value."""
     model = config.model
     if model.preset not in PRESETS:
-        raise ValueError(f"found preset {model.preset!r}, expected one of {sorted(PRESETS)}; change config.model.preset")
+        raise ValueError(
+            f"found preset {model.preset!r}, expected one of {sorted(PRESETS)}; change config.model.preset"
+        )
     preset = dict(PRESETS[model.preset])
     function_preset = model.function or preset.pop("function")
     preset.pop("function", None)

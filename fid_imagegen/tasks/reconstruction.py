@@ -63,7 +63,9 @@ class ReconstructionTask:
 
     def sample(self, params, key, index_B, *, steps: int = 1, label_B=None) -> ImageFunctions:
         """A predictor cannot sample."""
-        raise ValueError("found a reconstruction run, expected a generator: train the consistency task, or call reconstruct()")
+        raise ValueError(
+            "found a reconstruction run, expected a generator: train the consistency task, or call reconstruct()"
+        )
 
     def _functions(self, params, x0, *, trunk: bool = False) -> ImageFunctions:
         scaled = x0 * c_in(jnp.asarray(self.noise.sigma_min), self.noise)

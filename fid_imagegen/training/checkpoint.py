@@ -90,7 +90,8 @@ def load_groups(workdir: str | Path) -> tuple[int, dict[str, Any]]:
     for step in steps:
         try:
             tree = ocp.PyTreeCheckpointer().restore(
-                directory / str(step) / STATE, args=ocp.args.PyTreeRestore(restore_args=_as_numpy(directory / str(step) / STATE))
+                directory / str(step) / STATE,
+                args=ocp.args.PyTreeRestore(restore_args=_as_numpy(directory / str(step) / STATE)),
             )
             return step, {"params": tree["params"], "ema": tree["ema"]}
         except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise

@@ -55,7 +55,8 @@ class Run:
         classes = getattr(self.config.model, "num_classes", 0)
         if classes and self.source.num_classes != classes:
             raise ValueError(
-                f"found {self.source.num_classes} classes in {self.source.name}, expected {classes}; change config.model.num_classes"
+                f"found {self.source.num_classes} classes in {self.source.name}, expected {classes}; "
+                "change config.model.num_classes"
             )
 
     def _lay_out(self):
@@ -79,7 +80,9 @@ class Run:
     def restore(self, checkpoints: Checkpoints) -> state.TrainState | None:
         """The newest readable checkpoint on this mesh; ValueError if it was made with other data or frozen weights."""
         layout = jax.tree.map(
-            lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where), self.abstract, self.shardings
+            lambda array, where: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where),
+            self.abstract,
+            self.shardings,
         )
         restored = checkpoints.restore(layout)
         if restored is None:

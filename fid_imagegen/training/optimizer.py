@@ -27,9 +27,13 @@ def schedule(config, num_steps: int) -> optax.Schedule:
 def build(config, num_steps: int) -> optax.GradientTransformation:
     """The optimizer of one group (`config.optimizers.<group>`)."""
     if config.name not in OPTIMIZERS:
-        raise ValueError(f"found optimizer {config.name!r}, expected one of {sorted(OPTIMIZERS)}; change config.optimizers")
+        raise ValueError(
+            f"found optimizer {config.name!r}, expected one of {sorted(OPTIMIZERS)}; change config.optimizers"
+        )
     if config.weight_decay and config.name != "adamw":
-        raise ValueError(f"found weight decay {config.weight_decay} with {config.name}, expected adamw; change config.optimizers")
+        raise ValueError(
+            f"found weight decay {config.weight_decay} with {config.name}, expected adamw; change config.optimizers"
+        )
     decay = {"weight_decay": config.weight_decay} if config.name == "adamw" else {}
     step = OPTIMIZERS[config.name](schedule(config, num_steps), b1=config.b1, b2=config.b2, eps=config.eps, **decay)
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), step) if config.grad_clip else step
@@ -38,5 +42,7 @@ def build(config, num_steps: int) -> optax.GradientTransformation:
 def build_all(config, groups) -> dict[str, optax.GradientTransformation]:
     """The optimizers of all trained groups; every group must have one, and every one a group."""
     if set(config.optimizers) != set(groups):
-        raise ValueError(f"found optimizers for {sorted(config.optimizers)}, expected {sorted(groups)}: one a trained group")
+        raise ValueError(
+            f"found optimizers for {sorted(config.optimizers)}, expected {sorted(groups)}: one a trained group"
+        )
     return {group: build(config.optimizers[group], config.num_steps) for group in groups}

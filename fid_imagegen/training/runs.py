@@ -44,7 +44,9 @@ def _differences(old: Any, new: Any, prefix: str = ""):
     """(key, old, new) of every leaf that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
-            yield from _differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}" if prefix else key)
+            yield from _differences(
+                old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}" if prefix else key
+            )
     elif old != new:
         yield prefix, old, new
 

@@ -37,5 +37,7 @@ def _matched(ours: Any, theirs: Any, folder: str) -> Any:
         if want[name].shape != have[name].shape
     ]
     if problems:
-        raise ValueError(f"found weights in {folder} that do not fit this model: {'; '.join(problems)}; use a config of the same model")
+        raise ValueError(
+            f"found weights in {folder} that do not fit this model: {'; '.join(problems)}; use a config of the same model"
+        )
     return jax.tree_util.tree_map_with_path(lambda path, x: np.asarray(have[path_name(path)], x.dtype), ours)

@@ -51,7 +51,9 @@ class Writer:
         folder = self.directory / "samples"
         folder.mkdir(exist_ok=True)
         for name, image in images.items():
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{name}_{step:07d}.png")
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                folder / f"{name}_{step:07d}.png"
+            )
             if self._board:
                 self._board.add_image(name, image, step, dataformats="HWC")
 

@@ -27,6 +27,15 @@ def test_crop_is_the_centre_rounded_down():
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_resize_keeps_the_aspect(axis):
+    # White on the middle 32 of 64 columns: the crop of an image twice as wide as high.
+    image = np.zeros((32, 64, 1), np.uint8)
+    image[:, 16:48] = 255
+    found = resize_and_crop(image.swapaxes(0, axis), 16)
+    assert found.min() > 200 and found[2:-2, 2:-2].min() == 255
+
+
 def test_resize_averages_what_it_drops():
     # Without antialias a checkerboard of single pixels aliases to black, white or a coarser board.
     board = (255 * (np.indices((64, 64)).sum(0) % 2)).astype(np.uint8)[..., None]

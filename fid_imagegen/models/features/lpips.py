@@ -16,7 +16,7 @@ SCALE = (0.458, 0.448, 0.450)
 def unit_normalise(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:
     """x / (|x| + 1e-10) over channels.
 
-    The reference takes a bare square root, whose gradient is NaN where all channels are dead; the floor keeps it zero there.
+    The reference takes a bare square root, whose gradient is NaN where all channels are dead; the floor keeps it zero.
     """
     squares = reduce(jnp.square(x), "b h w c -> b h w 1", "sum")
     return x / (jnp.sqrt(jnp.maximum(squares, 1e-20)) + 1e-10)
@@ -49,10 +49,11 @@ def lpips_distance(
 ) -> Float[Array, "batch"]:
     """LPIPS between float images in [-1, 1], NHWC with 1 (repeated to 3) or 3 channels; one value >= 0 per pair.
 
-    Both images are resized bilinearly to `resize_to` x `resize_to` pixels, as consistency models do below 256 px; None keeps
-    their size. No antialiasing: `F.interpolate`, which published results used, has none; enlarging, the two are equal.
-    Their torch code also replaces VGG16's max-pools by L2 pools; here they stay, as in LPIPS and in the JAX CIFAR-10 code.
-    The weights are frozen: gradients reach `a` and `b` only. `params` are those of `interop.lpips.load_lpips`.
+    Both images are resized bilinearly to `resize_to` x `resize_to` pixels, as consistency models do below 256 px; None
+    keeps their size. No antialiasing: `F.interpolate`, which published results used, has none; enlarging, the two agree.
+    Song et al.'s torch code also swaps VGG16's max-pools for averages (piq, `replace_pooling`); here they stay maxima, as
+    in the LPIPS code and in Song et al.'s JAX code for CIFAR-10. The weights are frozen: gradients reach `a` and `b` only.
+    `params` are those of `interop.lpips.load_lpips`.
     """
     if a.shape != b.shape or a.ndim != 4 or a.shape[-1] not in (1, 3):
         raise ValueError(f"found shapes {a.shape} and {b.shape}, expected one [B, H, W, 1 or 3]; pair the images first")

@@ -1,0 +1,81 @@
+"""python -m fid_imagegen.export --workdir DIR --out DIR
+
+Writes a shareable folder: `config.json`, `model.safetensors` (the evaluation EMA) and a model card, `README.md`.
+`ImageFunctionPipeline.from_pretrained(OUT)` loads it.
+"""
+
+import shutil
+from pathlib import Path
+
+from absl import app, flags
+
+WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run", required=True)
+OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
+
+CARD = """---
+library_name: fid_imagegen
+tags: [image-generation, consistency-model, implicit-neural-representation, jax]
+---
+# {name}
+
+A one-step generator of image functions: one network evaluation turns noise into a function that renders at any size.
+
+```python
+from fid_imagegen import ImageFunctionPipeline
+functions = ImageFunctionPipeline.from_pretrained("{name}").generate(num=16, seed=0)
+images = functions.render(height=512, width=768)
+```
+
+| | |
+|---|---|
+| parameters | {parameters:,} |
+| trained on | `{source}` {path}, {size}x{size}, {channels} channels |
+| objective | `{objective}`, preconditioning `{preconditioning}`, distance `{distance}` |
+| steps x batch | {steps:,} x {batch} |
+| weights | evaluation EMA, decay {ema} |
+
+Detail beyond the training size is the function's interpolation. Licence of the weights: to be stated by whoever shares them;
+mind the terms of the training data. Quality: see `evaluation.jsonl` of the run; no number is claimed here.
+"""
+
+
+def export(workdir: str, out: str) -> Path:
+    """Writes the folder beside `out` and renames it, so that nothing half-written carries its name."""
+    import jax
+
+    from fid_imagegen.interop.safetensors_io import save_tree
+    from fid_imagegen.training.runs import read_params, write_config
+
+    target = Path(out)
+    if target.exists():
+        raise FileExistsError(f"found {target}, expected a folder that does not exist; choose another --out")
+    config, params = read_params(workdir)
+    temporary = target.with_name(target.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write_config(temporary, config)
+    save_tree(temporary / "model.safetensors", params, {"format": "fid_imagegen.params.1"})
+    card = CARD.format(
+        name=target.name,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        source=config.data.source,
+        path=Path(config.data.path).name,
+        size=config.data.image_size,
+        channels=config.data.channels,
+        objective=config.objective.name,
+        preconditioning=config.preconditioning,
+        distance=config.distance,
+        steps=config.num_steps,
+        batch=config.batch_size,
+        ema=config.ema_decays[-1] if config.ema_decays else "none",
+    )
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    return temporary.rename(target)
+
+
+def main(argv):
+    del argv
+    print(f"exported: {export(WORKDIR.value, OUT.value)}")
+
+
+if __name__ == "__main__":
+    app.run(main)
