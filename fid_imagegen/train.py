@@ -32,19 +32,21 @@ def run(config: ConfigDict, workdir: str) -> bool:
     """All phases of a config; False if asked to stop before the end."""
     from fid_imagegen.evaluation.reconstruction import held_out_psnr
     from fid_imagegen.training.loop import train
+    from fid_imagegen.training.warm_start import PRETRAIN
 
     if not config.pretrain.num_steps:
         return train(config, workdir)
     if config.init.generator:
         raise ValueError(
             f"found config.init.generator={config.init.generator!r} together with "
-            f"pretrain.num_steps={config.pretrain.num_steps}, expected one of the two; set config.pretrain.num_steps=0 to start from the given run"
+            f"pretrain.num_steps={config.pretrain.num_steps}, expected one of the two; "
+            "set config.pretrain.num_steps=0 to start from the given run"
         )
     phase = pretrain_config(config)
-    if not train(phase, f"{workdir}/pretrain", evaluators=held_out_psnr(phase.data)):
+    if not train(phase, f"{workdir}/{PRETRAIN}", evaluators=held_out_psnr(phase.data)):
         return False
     config = ConfigDict(config.to_dict())
-    config.init.generator = f"{workdir}/pretrain"
+    config.init.generator = PRETRAIN
     return train(config.lock(), workdir)
 
 

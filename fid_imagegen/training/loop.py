@@ -100,7 +100,7 @@ class Run:
         """The state of step 0: jitted init into its shardings, groups of `config.init` filled from other runs."""
         init = jax.jit(self.task.init, out_shardings=(self.shardings.params, self.shardings.model_state))
         params, model_state = init(self.key)
-        params = warm_start.fill(params, dict(self.config.init))
+        params = warm_start.fill(params, dict(self.config.init), self.workdir)
         build = jax.jit(
             lambda params, model_state: state.from_params(
                 self.task, self.optimizers, self.config.ema_decays, params, model_state

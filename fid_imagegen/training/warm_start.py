@@ -1,5 +1,6 @@
 """Starting a group of parameters from another run: `config.init = {group: folder}`."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,9 +9,13 @@ import numpy as np
 from fid_imagegen.parallel.sharding import path_name
 from fid_imagegen.training.runs import read_params
 
+PRETRAIN = "pretrain"
 
-def fill(params: dict[str, Any], init: dict[str, str]) -> dict[str, Any]:
+
+def fill(params: dict[str, Any], init: dict[str, str], workdir: Path) -> dict[str, Any]:
     """`params` with the named groups read from work directories or exported folders.
+
+    The folder "pretrain" is the run's own, WORKDIR/pretrain, so that a work directory may be moved and still be resumed.
 
     Raises ValueError listing every missing, extra and misshapen tensor at once.
     """
@@ -19,6 +24,7 @@ def fill(params: dict[str, Any], init: dict[str, str]) -> dict[str, Any]:
             continue
         if group not in params:
             raise ValueError(f"found config.init.{group}, expected one of the groups {sorted(params)}")
+        folder = workdir / PRETRAIN if folder == PRETRAIN else folder
         _, groups = read_params(folder)
         if group not in groups:
             raise ValueError(f"found groups {sorted(groups)} in {folder}, expected {group}; change config.init.{group}")
