@@ -24,14 +24,14 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     phase.num_steps, phase.batch_size = config.pretrain.num_steps, config.pretrain.batch_size
     phase.accumulate, phase.optimizers = config.pretrain.accumulate, config.pretrain.optimizers
     phase.checkpoint.every = phase.log.sample_every = config.pretrain.checkpoint_every
-    phase.pretrain.num_steps = 0
+    phase.pretrain.num_steps, phase.init.generator = 0, ""
     return phase.lock()
 
 
 def run(config: ConfigDict, workdir: str) -> bool:
     """All phases of a config; False if asked to stop before the end."""
     from fid_imagegen.evaluation.reconstruction import held_out_psnr
-    from fid_imagegen.training.loop import train
+    from fid_imagegen.training.loop import Run, train
     from fid_imagegen.training.warm_start import PRETRAIN
 
     if not config.pretrain.num_steps:
@@ -42,12 +42,14 @@ def run(config: ConfigDict, workdir: str) -> bool:
             f"pretrain.num_steps={config.pretrain.num_steps}, expected one of the two; "
             "set config.pretrain.num_steps=0 to start from the given run"
         )
+    config = ConfigDict(config.to_dict())
+    config.init.generator = PRETRAIN
+    # Mistakes in the second phase should show before the first one has run.
+    Run(config.lock(), workdir).write_config()
     phase = pretrain_config(config)
     if not train(phase, f"{workdir}/{PRETRAIN}", evaluators=held_out_psnr(phase.data)):
         return False
-    config = ConfigDict(config.to_dict())
-    config.init.generator = PRETRAIN
-    return train(config.lock(), workdir)
+    return train(config, workdir)
 
 
 def initialize_distributed() -> None:

@@ -46,10 +46,15 @@ class Run:
         self.optimizers = optimizer.build_all(config, self.task.trained)
         self.source = sources.make_source(config.data)
         self._check_labels()
-        runs.write_config(self.workdir, config)
         self.key = jax.random.key(config.seed)
         with jax.set_mesh(self.mesh):
             self._lay_out()
+
+    def write_config(self) -> None:
+        """Puts `config.json` and the frozen groups into the work directory: the first things written there."""
+        runs.write_config(self.workdir, self.config)
+        for name, digest in self.frozen_hashes.items():
+            _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", self.frozen[name])
 
     def _check_labels(self):
         classes = getattr(self.config.model, "num_classes", 0)
@@ -61,7 +66,7 @@ class Run:
 
     def _lay_out(self):
         self.frozen = jax.device_put(self.task.frozen(), meshes.replicated(self.mesh))
-        self.frozen_hashes = {name: _save_frozen(self.workdir, name, tree) for name, tree in self.frozen.items()}
+        self.frozen_hashes = {name: _hash(tree) for name, tree in self.frozen.items()}
         decays = self.config.ema_decays
         self.abstract = jax.eval_shape(lambda key: state.create(self.task, self.optimizers, decays, key), self.key)
         self.shardings = sharding.resolve(
@@ -131,6 +136,7 @@ def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()
     Raises NonFiniteLossError at the first step whose loss is not finite.
     """
     run = Run(config, workdir)
+    run.write_config()
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     with jax.set_mesh(run.mesh), Preemption() as preemption:
         current = run.restore(checkpoints) or run.initial()
@@ -236,16 +242,18 @@ def _sheets(previews: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     return {name: writers.tile(np.asarray(quantise(images))) for name, images in previews.items()}
 
 
-def _save_frozen(workdir: Path, name: str, tree) -> str:
-    """Writes a frozen group once, named by its content; returns the hash."""
+def _hash(tree) -> str:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.asarray(leaf).tobytes())
-    path = workdir / "frozen" / f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    return digest.hexdigest()
+
+
+def _save_frozen(path: Path, tree) -> None:
+    """Writes a frozen group once; its file is named by its content."""
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tree(path, jax.tree.map(np.asarray, tree), {})
-    return digest.hexdigest()
 
 
 def _profile(window, step: int, workdir) -> None:

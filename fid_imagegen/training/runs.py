@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from fid_imagegen.interop.safetensors_io import load_tree
@@ -16,7 +17,7 @@ FREE_KEYS = ("mesh", "sharding", "checkpoint", "log", "profile", "accumulate")
 
 
 def write_config(workdir: str | Path, config: ConfigDict) -> None:
-    """Writes `config.json`, or checks it: a work directory belongs to one config, but for FREE_KEYS.
+    """Writes `config.json` (process 0), or checks it (all): a work directory belongs to one config, but for FREE_KEYS.
 
     Raises ValueError listing the keys that differ.
     """
@@ -34,6 +35,8 @@ def write_config(workdir: str | Path, config: ConfigDict) -> None:
                 f"found another config in {path}: {'; '.join(differing[:10])}; expected the same; "
                 "resume with that config, or choose a new --workdir"
             )
+    if jax.process_index() != 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
