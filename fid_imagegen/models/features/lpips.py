@@ -16,7 +16,8 @@ SCALE = (0.458, 0.448, 0.450)
 def unit_normalise(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:
     """x / (|x| + 1e-10) over channels.
 
-    The reference takes a bare square root, whose gradient is NaN where all channels are dead; the floor keeps it zero.
+    The floor under the square root keeps its derivative finite where all channels are dead. In the reference it is NaN
+    there, which ReLU's backward pass hides but forward mode and `jax_debug_nans` meet.
     """
     squares = reduce(jnp.square(x), "b h w c -> b h w 1", "sum")
     return x / (jnp.sqrt(jnp.maximum(squares, 1e-20)) + 1e-10)
