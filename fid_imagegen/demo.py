@@ -80,7 +80,7 @@ def measure(pipe, workdir: Path) -> dict:
 def main(argv):
     del argv
     from fid_imagegen.pipelines import ImageFunctionPipeline
-    from fid_imagegen.train import run
+    from fid_imagegen.training.phases import run
 
     logging.set_verbosity(logging.WARNING)
     began, workdir = time.monotonic(), Path(WORKDIR.value)

@@ -1,0 +1,52 @@
+"""The phases of a config: reconstruction pre-training into WORKDIR/pretrain where it asks for it, then its task."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from fid_imagegen.data import pipeline, sources
+from fid_imagegen.tasks.reconstruction import rendered_psnr
+from fid_imagegen.training.loop import Evaluator, Run, train
+from fid_imagegen.training.warm_start import PRETRAIN
+
+MAX_HELD_OUT = 512
+
+
+def run(config: ConfigDict, workdir: str | Path) -> bool:
+    """Runs all phases of a config, resuming what is there; False if asked to stop before the end."""
+    if not config.pretrain.num_steps:
+        return train(config, workdir)
+    if config.init.generator:
+        raise ValueError(
+            f"found config.init.generator={config.init.generator!r} together with "
+            f"pretrain.num_steps={config.pretrain.num_steps}, expected one of the two; "
+            "set config.pretrain.num_steps=0 to start from the given run"
+        )
+    config = ConfigDict(config.to_dict())
+    config.init.generator = PRETRAIN
+    # Mistakes in the second phase should show before the first one has run.
+    Run(config.lock(), workdir).write_config()
+    phase = pretrain_config(config)
+    if not train(phase, Path(workdir) / PRETRAIN, evaluators=held_out_psnr(phase.data)):
+        return False
+    return train(config, workdir)
+
+
+def pretrain_config(config: ConfigDict) -> ConfigDict:
+    """The config of the reconstruction phase of `config`."""
+    phase = ConfigDict(config.to_dict())
+    phase.task = "reconstruction"
+    phase.num_steps, phase.batch_size = config.pretrain.num_steps, config.pretrain.batch_size
+    phase.accumulate, phase.optimizers = config.pretrain.accumulate, config.pretrain.optimizers
+    phase.checkpoint.every = phase.log.sample_every = config.pretrain.checkpoint_every
+    phase.pretrain.num_steps, phase.init.generator = 0, ""
+    return phase.lock()
+
+
+def held_out_psnr(data: ConfigDict) -> tuple[Evaluator, ...]:
+    """The evaluator of a reconstruction run; none where nothing is held out."""
+    if not data.holdout_every:
+        return ()
+    source = sources.make_source(data, held_out=True)
+    images = pipeline.examples(source, data, range(min(MAX_HELD_OUT, len(source))))
+    return (lambda task, params: {"held_out_psnr": rendered_psnr(task, params, images)},)
