@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     # Four tokens of 4x4 pixels and four predicted columns a layer: what 2 cores can train in minutes.
     config.model.update({"patch": 4, "width": 96, "heads": 4, "extractor_depth": 4, "predictor_depth": 2})
     # At 8 px the function must be smooth between pixels: ReLU adds harmonics to its features, and jittered coordinates teach it
-    # pixel-shaped plateaus, so that half the Nyquist rate and clean coordinates give the better strokes (docs/results.md).
+    # pixel-shaped plateaus, so that half the Nyquist rate and clean coordinates gave the better strokes to the eye.
     config.model.update({"function_width": 64, "function_depth": 3, "bands": 8, "groups": 4, "cutoff": "2"})
     config.variational = False
     config.model.update({"weight_update": "scale", "unroll": True})
