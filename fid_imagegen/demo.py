@@ -10,7 +10,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
+
+from fid_imagegen import command
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "where everything goes")
 CONFIG = flags.DEFINE_string("config", "configs/digits_cm_func.py", "a config of digits, with an optional :argument")
@@ -82,7 +84,6 @@ def main(argv):
     from fid_imagegen.pipelines import ImageFunctionPipeline
     from fid_imagegen.training.phases import run
 
-    logging.set_verbosity(logging.WARNING)
     began, workdir = time.monotonic(), Path(WORKDIR.value)
     print(f"training on {jax.devices()} into {workdir}; Ctrl-C saves, `make demo` goes on")
     if not run(load_config(CONFIG.value), str(workdir)):
@@ -98,4 +99,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from fid_imagegen import command
+
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run", required=True)
 FEATURES = flags.DEFINE_string("features", "pixels", "pixels, or resnet56 (CIFAR-10, with --weights)")
 WEIGHTS = flags.DEFINE_string("weights", None, "weights file of the feature network")
@@ -40,4 +42,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

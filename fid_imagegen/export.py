@@ -7,7 +7,7 @@ Writes a shareable folder: `config.json`, `model.safetensors` (the evaluation EM
 import shutil
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run", required=True)
 OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
@@ -22,6 +22,8 @@ A one-step generator of image functions: one network evaluation turns noise into
 
 ```python
 from fid_imagegen import ImageFunctionPipeline
+
+from fid_imagegen import command
 functions = ImageFunctionPipeline.from_pretrained("{name}").generate(num=16, seed=0)
 images = functions.render(height=512, width=768)
 ```
@@ -78,4 +80,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

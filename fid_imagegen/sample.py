@@ -9,6 +9,8 @@ from pathlib import Path
 from absl import app, flags
 from PIL import Image
 
+from fid_imagegen import command
+
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run, or exported folder")
 FUNCTIONS = flags.DEFINE_string("functions", None, "a functions.safetensors to render instead of generating")
 NUM = flags.DEFINE_integer("num", 16, "how many functions")
@@ -25,7 +27,7 @@ def parse_size(text: str) -> tuple[int, int]:
     from fid_imagegen.models.rendering import check_size
 
     parts = text.strip().split("x")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise ValueError(
             f"found size {text!r}, expected a number or HEIGHTxWIDTH, such as 128 or 96x160; correct --sizes"
         )
@@ -53,8 +55,7 @@ def write(functions, sizes, out: Path) -> None:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"found arguments {argv[1:]}, expected flags only, such as --workdir DIR --sizes 32,128")
+    del argv
     if (WORKDIR.value is None) == (FUNCTIONS.value is None):
         raise app.UsageError("found both or neither of --workdir and --functions, expected one of them")
     from fid_imagegen.pipelines import ImageFunctionPipeline, RenderableFunctions
@@ -73,4 +74,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

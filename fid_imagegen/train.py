@@ -5,8 +5,10 @@ or when asked to stop (SIGTERM, Ctrl-C) after saving.
 """
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
+
+from fid_imagegen import command
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where config.json, checkpoints, metrics and samples go", required=True)
@@ -28,12 +30,7 @@ def initialize_distributed() -> None:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"found arguments {argv[1:]}, expected flags only: --config, --workdir, --config.KEY=VALUE"
-        )
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells its life at INFO
+    del argv
     initialize_distributed()
     from fid_imagegen.training.phases import run
 
@@ -44,4 +41,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

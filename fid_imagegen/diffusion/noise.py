@@ -4,6 +4,7 @@ CM is Song et al. 2023 (arXiv 2303.01469), iCT Song & Dhariwal 2023 (2310.14189)
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,10 @@ def ct_target_decay(step: Int[Array, ""], num_steps: int, s0: int, s1: int, mu0:
 
 def ict_levels(step: Int[Array, ""], num_steps: int, s0: int, s1: int) -> Int[Array, ""]:
     """N(k) of iCT: min(s0 2^floor(k / K'), s1) + 1 with K' = floor(K / (log2 floor(s1 / s0) + 1))."""
-    doublings = (s1 // s0).bit_length() - 1
-    stage = jnp.minimum(step // max(1, num_steps // (doublings + 1)), doublings + 1)
+    doublings = math.log2(s1 // s0)
+    length = max(1, math.floor(num_steps / (doublings + 1)))
+    # Beyond the last doubling nothing changes; the clamp keeps 2^stage from overflowing.
+    stage = jnp.minimum(step // length, math.ceil(doublings) + 1)
     return jnp.minimum(s0 * 2**stage, s1) + 1
 
 

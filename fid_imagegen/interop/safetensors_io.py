@@ -31,6 +31,7 @@ def save_tree(path: str | Path, tree: Mapping, metadata: Mapping[str, str]) -> N
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # same folder: a rename, never a copy
     try:
         safetensors.numpy.save_file(tensors, partial, dict(metadata))
+        partial.chmod(0o644)  # safetensors makes it readable by its owner alone
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

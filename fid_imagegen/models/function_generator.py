@@ -201,5 +201,10 @@ def function_kind(preset: str, *, channels: int, image_size: int, cutoff: str | 
     """The image function of a named size. `cutoff`: "nyquist" (image_size / 2, the default elsewhere) or cycles per image."""
     if preset not in FUNCTION_PRESETS:
         raise ValueError(f"found function preset {preset!r}, expected one of {sorted(FUNCTION_PRESETS)}")
-    cutoff = image_size / 2 if cutoff == "nyquist" else float(cutoff)
+    try:
+        cutoff = image_size / 2 if cutoff == "nyquist" else float(cutoff)
+    except ValueError:
+        raise ValueError(
+            f"found cutoff {cutoff!r}, expected 'nyquist' or cycles per image, such as 1024; change config.model.cutoff"
+        ) from None
     return CoordinateMLP(channels=channels, cutoff=cutoff, **(FUNCTION_PRESETS[preset] | overrides))

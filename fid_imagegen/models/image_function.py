@@ -153,7 +153,12 @@ class CoordinateMLP:
             matrix, bias = self.matrix(shared, per_image, layer), shared[f"bias_{layer}"]
             # Sine phases stay float32 in the first layer: `omega` times a coordinate is a phase like any other.
             dtype = jnp.float32 if sine and layer == 0 else self.dtype
-            x = jnp.matmul(x.astype(dtype), matrix.astype(dtype), preferred_element_type=jnp.float32) + bias
+            # The default precision of accelerators would round them on the way into the matrix unit.
+            precision = "highest" if sine and layer == 0 else None
+            x = jnp.matmul(
+                x.astype(dtype), matrix.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+            )
+            x = x + bias
             if layer < self.depth - 1:
                 x = jnp.sin(self.omega * x) if sine else jax.nn.relu(x)
         return x * shared["gain"]
@@ -192,7 +197,9 @@ class ImageFunctions:
         return jax.tree.leaves(self.per_image)[0].shape[0]
 
     def __getitem__(self, images: slice) -> "ImageFunctions":
-        """The functions of a slice of the batch."""
+        """The functions of a slice of the batch. TypeError for a single number, which would drop the batch axis."""
+        if not isinstance(images, slice):
+            raise TypeError(f"found index {images!r}, expected a slice of the batch, such as functions[3:4]")
         pick = lambda tree: jax.tree.map(lambda x: x[images], tree)  # noqa: E731
         return self.replace(per_image=pick(self.per_image), native=pick(self.native))
 
@@ -207,7 +214,8 @@ def lanczos_weights(
     stretch = jnp.maximum(1.0, cell * size / 2)
     offsets = ((coords_N[:, None] + 1) * size - 1) / 2 - jnp.arange(size, dtype=jnp.float32)
     nearest = jnp.round(offsets)
-    on_sample = (jnp.abs(offsets - nearest) < 1e-3) & (stretch <= 1.0 + 1e-6)
+    # Coordinates are float32: a sample's own offset is an integer within 1e-7 size. Snapping from farther away would show.
+    on_sample = (jnp.abs(offsets - nearest) < 1e-6 * size) & (stretch <= 1.0 + 1e-6)
     x = offsets / stretch
     kernel = jnp.where(jnp.abs(x) < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0.0)
     kernel = jnp.where(on_sample, (nearest == 0).astype(jnp.float32), kernel)

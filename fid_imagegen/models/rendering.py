@@ -23,7 +23,9 @@ IMAGES_PER_CALL = 64
 
 def quantise(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
     """[-1, 1] -> uint8 0..255: rounded to nearest, values outside clipped."""
-    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    # numpy stays numpy: outside of jit, jnp would compile anew for every size.
+    module = np if isinstance(images, np.ndarray) else jnp
+    return module.clip(module.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 @jax.jit
@@ -73,7 +75,7 @@ def render(
     *,
     window: Window | None = None,
     filter: Literal["area", "point"] = "area",
-    dtype: type = np.float32,
+    dtype: np.typing.DTypeLike = np.float32,
     chunk: int = CHUNK,
 ) -> np.ndarray:
     """Renders every function to [batch, height, width, channels].
@@ -82,13 +84,16 @@ def render(
     filter: "area" averages sub-pixels where the render is coarser than the training grid, because point samples of a
         function finer than the pixels alias; at and above the training size both are point samples.
     dtype: np.float32 gives values (about [-1, 1], not clipped), np.uint8 gives 0..255.
-    Raises ValueError for sizes, windows and filters outside these.
+    Raises ValueError for sizes, windows, filters and dtypes outside these.
     """
     check_size(height, width)
     window = (0.0, 0.0, 1.0, 1.0) if window is None else window
     check_window(window)
     if filter not in ("area", "point"):
         raise ValueError(f"found filter {filter!r}, expected 'area' or 'point'")
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float32, np.uint8):
+        raise ValueError(f"found dtype {dtype}, expected float32 or uint8; convert the rendered array")
     full_height, top = window_axis(height, window[0], window[2])
     full_width, left = window_axis(width, window[1], window[3])
     down, across = 1, 1
@@ -100,10 +105,12 @@ def render(
     cell = pixel_cell(full_height * down, full_width * across)
     if down == across == 1:
         return _render_points(functions, rows, columns, cell, dtype, chunk)
-    values = _render_points(functions, rows, columns, cell, np.float32, chunk)
-    batch, _, _, channels = values.shape
-    averaged = values.reshape(batch, height, down, width, across, channels).mean(axis=(2, 4))
-    return np.asarray(quantise(averaged)) if dtype == np.uint8 else averaged
+    values = _render_points(functions, rows, columns, cell, np.dtype(np.float32), chunk)
+    # Sub-pixels are added one after another: numpy's mean adds in an order that depends on the shape, and a window would
+    # no longer equal the crop bit for bit.
+    values = sum(values[:, start::down] for start in range(down))
+    values = sum(values[:, :, start::across] for start in range(across)) / np.float32(down * across)
+    return quantise(values) if dtype == np.uint8 else values
 
 
 def _render_points(functions, rows, columns, cell, dtype, chunk) -> np.ndarray:

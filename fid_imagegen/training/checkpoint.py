@@ -89,17 +89,19 @@ def load_groups(workdir: str | Path) -> tuple[int, dict[str, Any]]:
     steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
     for step in steps:
         try:
-            tree = ocp.PyTreeCheckpointer().restore(
-                directory / str(step) / STATE,
-                args=ocp.args.PyTreeRestore(restore_args=_as_numpy(directory / str(step) / STATE)),
-            )
+            tree = _read_numpy(directory / str(step))
             return step, {"params": tree["params"], "ema": tree["ema"]}
         except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
             logging.error("checkpoint %d in %s cannot be read (%s); trying the one before", step, directory, error)
     raise FileNotFoundError(f"found no readable checkpoint in {directory}, expected one; train into {workdir} first")
 
 
-def _as_numpy(path: Path) -> Any:
-    """Restore arguments that read every array as numpy: the mesh it was saved on need not exist here."""
-    metadata = ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
-    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+def _read_numpy(path: Path) -> Any:
+    """The state of one checkpoint with every array as numpy: the mesh it was saved on need not exist here."""
+    handlers = {STATE: ocp.PyTreeCheckpointHandler(), META: ocp.JsonCheckpointHandler()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
+        saved = reader.metadata(path).item_metadata[STATE].tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        return reader.restore(path, ocp.args.Composite(**{STATE: ocp.args.PyTreeRestore(restore_args=restore_args)}))[
+            STATE
+        ]
