@@ -32,13 +32,13 @@ def paper(config):
 def cpu(config):
     """The tiny preset on 2 cores, in about 20 minutes: what a laptop can show of the recipe."""
     config.model.update({"preset": "tiny", "patch": 8, "dtype": "float32", "weight_update": "scale", "unroll": True})
-    config.model.update({"function_width": 64, "function_depth": 4, "bands": 16, "groups": 8})
+    config.model.update({"function_width": 32, "function_depth": 4, "bands": 16, "groups": 4})
     config.objective = common.objective("ect", stages=5, log_mean=0.3, log_deviation=1.5)
     config.optimizers.generator = common.optimizer(
         "adam", 2e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
     )
-    config.update({"num_steps": 4000, "batch_size": 64, "ema_decays": (0.999,), "variational": False})
-    config.pretrain.update({"num_steps": 1500, "batch_size": 64, "checkpoint_every": 250})
+    config.update({"num_steps": 2500, "batch_size": 64, "ema_decays": (0.999,), "variational": False})
+    config.pretrain.update({"num_steps": 1000, "batch_size": 64, "checkpoint_every": 100})
     config.pretrain.optimizers.generator = common.optimizer("adam", 3e-3, warmup_steps=50, schedule="cosine", b2=0.99)
     config.checkpoint.every = 500
     config.log.sample_every = 1000

@@ -18,6 +18,9 @@ from fid_imagegen.models.image_function import ImageFunctions, axis_coordinates,
 Window = tuple[float, float, float, float]
 MAX_PIXELS = 2**28  # 16,384 x 16,384: above it a size is a typing error more often than a wish
 CHUNK = 1024
+# Matrix products treat the rows left over after whole registers differently: in chunks of a multiple of this, a pixel's bits
+# do not depend on its place in the chunk, and a window equals the crop.
+CHUNK_STEP = 64
 IMAGES_PER_CALL = 64
 
 
@@ -84,13 +87,16 @@ def render(
     filter: "area" averages sub-pixels where the render is coarser than the training grid, because point samples of a
         function finer than the pixels alias; at and above the training size both are point samples.
     dtype: np.float32 gives values (about [-1, 1], not clipped), np.uint8 gives 0..255.
-    Raises ValueError for sizes, windows, filters and dtypes outside these.
+    chunk: coordinates per compiled call, a multiple of CHUNK_STEP.
+    Raises ValueError for sizes, windows, filters, dtypes and chunks outside these.
     """
     check_size(height, width)
     window = (0.0, 0.0, 1.0, 1.0) if window is None else window
     check_window(window)
     if filter not in ("area", "point"):
         raise ValueError(f"found filter {filter!r}, expected 'area' or 'point'")
+    if chunk < 1 or chunk % CHUNK_STEP:
+        raise ValueError(f"found chunk {chunk}, expected a multiple of {CHUNK_STEP}")
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.uint8):
         raise ValueError(f"found dtype {dtype}, expected float32 or uint8; convert the rendered array")

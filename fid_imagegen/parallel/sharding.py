@@ -54,7 +54,7 @@ def _spec(name: str, shape: tuple[int, ...], tactic, mesh: Mesh, min_size: int) 
     if tactic == "replicate":
         return PartitionSpec()
     if tactic == "fsdp":
-        return _largest_dimension(shape, mesh.shape["fsdp"], min_size)
+        return _largest_dimension(name, shape, mesh.shape["fsdp"], min_size)
     if isinstance(tactic, str):
         raise ValueError(
             f"found sharding tactic {tactic!r} for {name}, expected 'replicate', 'fsdp' or a list of mesh axes"
@@ -78,11 +78,14 @@ def _spec(name: str, shape: tuple[int, ...], tactic, mesh: Mesh, min_size: int) 
     return PartitionSpec(*axes)
 
 
-def _largest_dimension(shape: tuple[int, ...], ways: int, min_size: int) -> PartitionSpec:
-    """The largest dimension that divides; never the first of a stack of layers (3 and more dimensions), which is scanned over."""
+def _largest_dimension(name: str, shape: tuple[int, ...], ways: int, min_size: int) -> PartitionSpec:
+    """The largest dimension that divides; never the first of a stack of layers ("blocks"), which is scanned over.
+
+    Nor the first of other arrays of 3 and more dimensions: of a convolution's kernel it is the height.
+    """
     if _size(shape) < min_size or ways == 1:
         return PartitionSpec()
-    first = 1 if len(shape) > 2 else 0
+    first = 1 if "/blocks/" in name or len(shape) > 2 else 0
     for number in sorted(range(first, len(shape)), key=lambda i: -shape[i]):
         if shape[number] % ways == 0:
             return PartitionSpec(*[None] * number, "fsdp")

@@ -47,28 +47,45 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> tuple[Any, dict] | None:
         """The newest readable checkpoint as (state, meta), laid out as the shardings of `abstract_state`; None if there is none.
 
-        An unreadable one is reported, moved aside as `unreadable-STEP`, and the one before it is tried.
+        Unreadable ones after it are reported and moved aside as `unreadable-STEP`. If none can be read, nothing is moved and
+        RuntimeError says why: the fault may lie in the reader, and starting over would throw work away.
         """
+        reasons = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                items = {STATE: ocp.args.StandardRestore(abstract_state), META: ocp.args.JsonRestore()}
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-                jax.block_until_ready(restored[STATE])
-                return restored[STATE], restored[META]
-            except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
-                self._set_aside(step, error)
+            found, reason = self._read(step, abstract_state)
+            # All processes go on from one step, so that one that cannot read it decides for all.
+            if not _anywhere(found is None):
+                self._set_aside(reasons)
+                return found
+            reasons[step] = reason
+        if reasons:
+            raise RuntimeError(
+                f"found no readable checkpoint in {self.directory} ({'; '.join(f'{s}: {r}' for s, r in reasons.items())}), "
+                "expected one; repair the files, or delete the directory to start over"
+            )
         return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        target = self.directory / f"unreadable-{step}"
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        logging.error("checkpoint %d cannot be read (%s); moved to %s, trying the one before", step, reason, target)
-        if jax.process_index() == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"unreadable-{step}")
-        self._manager.reload()
+    def _read(self, step: int, abstract_state: Any) -> tuple[tuple[Any, dict] | None, str]:
+        """((state, meta), "") of a checkpoint, or (None, why it cannot be read)."""
+        items = {STATE: ocp.args.StandardRestore(abstract_state), META: ocp.args.JsonRestore()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            jax.block_until_ready(restored[STATE])
+            return (restored[STATE], restored[META]), ""
+        except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
+            return None, str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+    def _set_aside(self, reasons: dict[int, str]) -> None:
+        for step, reason in reasons.items():
+            target = self.directory / f"unreadable-{step}"
+            logging.error("checkpoint %d cannot be read (%s): moved to %s, using the one before", step, reason, target)
+            if jax.process_index() == 0:
+                shutil.rmtree(target, ignore_errors=True)
+                (self.directory / str(step)).rename(target)
+        if reasons:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("unreadable checkpoints")
+            self._manager.reload()
 
     def _guard(self, write) -> None:
         try:
@@ -78,6 +95,11 @@ class Checkpoints:
                 f"found a failed checkpoint write in {self.directory} ({str(error).strip().splitlines()[-1][:300]}), expected "
                 "free and writable space; free some and run the same command again: earlier checkpoints are whole"
             ) from error
+
+
+def _anywhere(condition: bool) -> bool:
+    """Whether it holds on any process."""
+    return condition if jax.process_count() == 1 else bool(multihost_utils.process_allgather(condition).any())
 
 
 def load_groups(workdir: str | Path) -> tuple[int, dict[str, Any]]:

@@ -32,7 +32,7 @@ Evaluator = Callable[[object, dict], Mapping[str, float]]
 
 
 class NonFiniteLossError(RuntimeError):
-    """A step gave a loss or gradient that is not finite; the checkpoint before it is whole."""
+    """A step gave a loss, gradient or parameter that is not finite; the checkpoint before it is whole."""
 
 
 class Run:
@@ -133,7 +133,7 @@ def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()
     """Trains to `config.num_steps`, resuming what `workdir` holds. False if asked to stop before the end (it has saved).
 
     evaluators: called with (task, evaluation parameters) every `config.log.sample_every` steps; their scalars are logged.
-    Raises NonFiniteLossError at the first step whose loss is not finite.
+    Raises NonFiniteLossError at the first step whose loss, gradient or new parameters are not finite.
     """
     run = Run(config, workdir)
     run.write_config()
@@ -146,9 +146,11 @@ def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()
             overview = parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False)
             (run.workdir / "parameters.txt").write_text(overview + "\n")
         meter = Meter(config, writer, start)
-        preview = jax.jit(run.task.preview)
+        # Replicated: a sheet is read by a process that need not hold all of it otherwise.
+        preview = jax.jit(run.task.preview, out_shardings=meshes.replicated(run.mesh))
         examples = _preview_examples(run)
         batches = run.batches(start)
+        profile = Profile(config.profile, run.workdir / "profile")
         stopped = False
         try:
             for step in range(start, config.num_steps + 1):
@@ -164,12 +166,13 @@ def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()
                     checkpoints.save(step, current, run.meta)
                 if last:
                     break
-                _profile(config.profile, step, workdir)
+                profile.before(step, current)
                 batch = next(batches)
                 current, metrics = run.step(current, run.frozen, batch, run.key)
                 meter.dispatched(step + 1, metrics)
             meter.settle(step)
         finally:
+            profile.stop(current)
             batches.close()
             writer.close()
             checkpoints.close()
@@ -185,8 +188,7 @@ class Meter:
     def __init__(self, config, writer: writers.Writer, start: int):
         self.config, self.writer = config, writer
         self.extra: dict[str, float] = {}
-        self._pending = None
-        self._last_finite = "none yet"
+        self._pending = self._last_finite = None
         self._since, self._since_step = time.monotonic(), start
         visible = jax.process_index() == 0
         self._bar = tqdm(total=config.num_steps, initial=start, desc=config.task, disable=not visible, mininterval=1.0)
@@ -206,11 +208,13 @@ class Meter:
     def _read(self, step: int, metrics) -> None:
         if not bool(metrics["finite"]):
             self._log(step, metrics)
+            before = self._last_finite
             raise NonFiniteLossError(
-                f"found a non-finite loss or gradient at step {step} (loss {float(metrics['loss'])}, gradient norm "
-                f"{float(metrics['gradient_norm'])}); the last finite values: {self._last_finite}; expected finite ones; "
-                "the checkpoint before it is whole: lower the learning rate, clip gradients, or compute in float32"
+                f"found a loss, gradient or parameter that is not finite at step {step} ({_brief(metrics)}), expected finite "
+                f"ones; the last finite values: {f'step {before[0]}, {_brief(before[1])}' if before else 'none yet'}; the "
+                "checkpoint before it is whole: lower the learning rate, clip gradients, or compute in float32"
             )
+        self._last_finite = step, metrics
         self._bar.update(1)
         if step % self.config.log.every == 0 or step == self.config.num_steps:
             self._log(step, metrics)
@@ -220,8 +224,6 @@ class Meter:
         now = time.monotonic()
         rate = (step - self._since_step) * self.config.batch_size / max(now - self._since, 1e-9)
         self._since, self._since_step = now, step
-        if np.isfinite(values["loss"]):
-            self._last_finite = f"step {step}, loss {values['loss']:.6g}, gradient norm {values['gradient_norm']:.6g}"
         self._bar.set_postfix_str(f"loss {values['loss']:.4g}, {rate:.0f} images/s")
         self.writer.write_scalars(step, values | {"images_per_second": rate} | self.extra)
         self.extra = {}
@@ -231,11 +233,38 @@ class Meter:
         self._bar.close()
 
 
+class Profile:
+    """Traces steps window.start .. window.start + window.steps - 1 into `folder`, or those of them that this start does."""
+
+    def __init__(self, window, folder: Path):
+        self.steps, self.folder = range(window.start, window.start + window.steps), folder
+        self._tracing = False
+
+    def before(self, step: int, current) -> None:
+        """Starts or ends the trace; `current` is what the last step gives, waited for so that its work is in the trace."""
+        if step in self.steps and not self._tracing:
+            jax.profiler.start_trace(str(self.folder))
+            self._tracing = True
+        elif step not in self.steps:
+            self.stop(current)
+
+    def stop(self, current) -> None:
+        """Writes the trace, if one is being taken."""
+        if self._tracing:
+            self._tracing = False
+            jax.block_until_ready(current)
+            jax.profiler.stop_trace()
+
+
 def _preview_examples(run: Run):
     """A few images for the preview: held out where there are any."""
     source = sources.make_source(run.config.data, held_out=True) if run.config.data.holdout_every else run.source
     count = min(run.config.log.num_samples, len(source))
     return jnp.asarray(pipeline.examples(source, run.config.data, range(count)))
+
+
+def _brief(metrics) -> str:
+    return f"loss {float(metrics['loss']):.6g}, gradient norm {float(metrics['gradient_norm']):.6g}"
 
 
 def _sheets(previews: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -254,11 +283,3 @@ def _save_frozen(path: Path, tree) -> None:
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tree(path, jax.tree.map(np.asarray, tree), {})
-
-
-def _profile(window, step: int, workdir) -> None:
-    """Traces steps window.start .. window.start + window.steps - 1 into WORKDIR/profile."""
-    if window.steps and step == window.start:
-        jax.profiler.start_trace(str(Path(workdir) / "profile"))
-    if window.steps and step == window.start + window.steps:
-        jax.profiler.stop_trace()

@@ -14,6 +14,11 @@ MAX_HELD_OUT = 512
 
 def run(config: ConfigDict, workdir: str | Path) -> bool:
     """Runs all phases of a config, resuming what is there; False if asked to stop before the end."""
+    if "://" in str(workdir):
+        raise ValueError(
+            f"found the work directory {workdir}, expected a folder that all hosts share: config.json and logs are not "
+            "written to buckets yet; mount the bucket, or use network storage"
+        )
     if not config.pretrain.num_steps:
         return train(config, workdir)
     if config.init.generator:

@@ -68,7 +68,9 @@ def make_step(task, optimizers, config):
             params[group] = optax.apply_updates(state.params[group], updates)
         decays = {decay: ema.warm_decay(decay, state.step) for decay in config.ema_decays}
         metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads)}
-        metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        # The new parameters count too: an update that overflows shows in no loss before the next step, after a checkpoint.
+        norms = [metrics["loss"], metrics["gradient_norm"], optax.global_norm(params)]
+        metrics["finite"] = jnp.isfinite(jnp.stack(norms)).all()
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -108,7 +110,8 @@ def compile_step(task, optimizers, config, mesh: Mesh, shardings: TrainState, ba
     step = make_step(task, optimizers, config)
 
     def named(state, frozen, batch, key):
-        with nn.logical_axis_rules(ACTIVATION_RULES):
+        # The mesh is entered here: without one the models' constraints would silently do nothing, whoever calls.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(ACTIVATION_RULES):
             return step(state, frozen, batch, key)
 
     return jax.jit(
