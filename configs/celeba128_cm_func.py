@@ -1,41 +1,16 @@
-"""Image functions of CelebA at 128x128 (tfds:celeb_a, all images; centre crop after resizing the shorter side).
+"""Image functions of CelebA at 128x128: the recipe of configs/celeba64_cm_func.py, at 256 tokens of 8x8 pixels.
 
     python -m fid_imagegen.train --config configs/celeba128_cm_func.py --workdir runs/celeba128 --config.data.path=TFDS_DIR
 
-Arguments: `paper` is the function generator's paper (batch 32, 900k iterations, 30 epochs of pre-training, CT with LPIPS);
-`runlocal` a minute on 2 cores, on synthetic images. Preparing the set needs the extra `[tfds]`. Not yet reproduced. Other papers
-crop CelebA differently (U-ViT: 128x128 around row 121, column 89): state the crop with any distance.
+Arguments as there: `paper`, `runlocal`. Not yet reproduced.
 """
 
-from configs import common
+from configs import celeba64_cm_func
 
 
 def get_config(arg: str = ""):
-    """Preset S with ect on the clean-image blend: the better recipe."""
-    config = common.base()
-    config.data.update({"source": "tfds:celeb_a", "image_size": 128, "channels": 3, "flip": True, "holdout_every": 10})
-    config.model.update({"preset": "S", "patch": 8, "dtype": "bfloat16", "remat": True})
-    config.optimizers.generator = common.optimizer("radam", 1e-4, grad_clip=1.0)
-    config.pretrain.update({"num_steps": 48_000, "batch_size": 128})
-    return common.finish(config, arg, {"paper": paper, "runlocal": runlocal})
+    """The better recipe at 128 px."""
+    return celeba64_cm_func.build(128, arg)
 
 
-def paper(config):
-    """The paper's settings: 900,000 iterations at batch 32 on all 202,599 images."""
-    common.paper(config, images=202_599)
-    config.num_steps = 900_000
-    config.data.update({"split": "train+validation+test", "holdout_every": 0})
-
-
-def runlocal(config):
-    """Shrunk, and on synthetic images, since the data set may not be prepared here."""
-    common.runlocal(config)
-    config.data.source = "synthetic"
-
-
-def get_sweep():
-    """Named sweeps: lists of overrides."""
-    return {
-        "batch": [{"batch_size": size} for size in (32, 64, 128)],
-        "seed": [{"seed": seed} for seed in (0, 1, 2)],
-    }
+get_sweep = celeba64_cm_func.get_sweep

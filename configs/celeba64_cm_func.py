@@ -12,9 +12,16 @@ from configs import common
 
 def get_config(arg: str = ""):
     """Preset S with ect on the clean-image blend: the better recipe."""
+    return build(64, arg)
+
+
+def build(image_size: int, arg: str):
+    """The recipe at any size: 256 tokens."""
     config = common.base()
-    config.data.update({"source": "tfds:celeb_a", "image_size": 64, "channels": 3, "flip": True, "holdout_every": 10})
-    config.model.update({"preset": "S", "patch": 4, "dtype": "bfloat16", "remat": False})
+    config.data.update(
+        {"source": "tfds:celeb_a", "image_size": image_size, "channels": 3, "flip": True, "holdout_every": 10}
+    )
+    config.model.update({"preset": "S", "patch": image_size // 16, "dtype": "bfloat16"})
     config.optimizers.generator = common.optimizer("radam", 1e-4, grad_clip=1.0)
     config.pretrain.update({"num_steps": 48_000, "batch_size": 128})
     return common.finish(config, arg, {"paper": paper, "runlocal": runlocal})

@@ -5,7 +5,7 @@
         --config.data.path=DATA/cifar10_train.npz
 
 Arguments: `paper` is the function generator's paper (preset S, CT of Song et al. 2023 at batch 32, LPIPS, edm, cut-off 1024);
-`cpu` the tiny preset for 20 minutes on 2 cores; `runlocal` a minute. Published peers: CT 8.70 FID at batch 512 (Song et al. 2023).
+`cpu` the tiny preset for 20 minutes on 2 cores; `runlocal` a minute. Published peer: CT, 8.70 FID at batch 512.
 Not yet reproduced at full size; what was run is in docs/results.md.
 """
 
