@@ -55,23 +55,25 @@ def draw(pipe, workdir: Path) -> dict[str, Path]:
 
 def measure(pipe, workdir: Path) -> dict:
     """Judged samples, held-out PSNR, and Fréchet distances in pixels before and after training."""
-    from fid_imagegen.data import sources
+    from fid_imagegen.data import pipeline, sources
     from fid_imagegen.evaluation.digits import DigitJudge
     from fid_imagegen.evaluation.features import pixels
     from fid_imagegen.evaluation.generation import frechet_report, native_samples
     from fid_imagegen.pipelines import ImageFunctionPipeline
-    from fid_imagegen.training.writers import read_metrics
+    from fid_imagegen.tasks.reconstruction import rendered_psnr
 
-    judge = DigitJudge(pipe.config.data)
-    num = len(sources.make_source(pipe.config.data, held_out=True))
-    untrained = ImageFunctionPipeline(pipe.config, ImageFunctionPipeline.from_pretrained(workdir / "pretrain").params)
-    psnr = [line["held_out_psnr"] for line in read_metrics(workdir / "pretrain") if "held_out_psnr" in line]
+    data = pipe.config.data
+    judge, held_out = DigitJudge(data), sources.make_source(data, held_out=True)
+    num, images = len(held_out), pipeline.examples(held_out, data, range(len(held_out)))
+    predictor = ImageFunctionPipeline.from_pretrained(workdir / "pretrain")
+    untrained = ImageFunctionPipeline(pipe.config, predictor.params)
     after = frechet_report(pipe, pixels(), num=num)
     return {
         "judge_accuracy": judge.accuracy,
         "judged_real": judge.real,
         "judged_samples": judge.judge(native_samples(pipe, JUDGED)),
-        "held_out_psnr_db": psnr[-1],
+        "held_out_psnr_db": rendered_psnr(predictor.task, predictor.params, images),
+        "held_out_psnr_behind_trunk_db": rendered_psnr(predictor.task, predictor.params, images, trunk=True),
         "frechet_pixels_images": num,
         "frechet_pixels_before": frechet_report(untrained, pixels(), num=num)["samples"],
         "frechet_pixels_after": after["samples"],

@@ -73,7 +73,7 @@ class Checkpoints:
             jax.block_until_ready(restored[STATE])
             return (restored[STATE], restored[META]), ""
         except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
-            return None, str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            return None, _brief(error)
 
     def _set_aside(self, reasons: dict[int, str]) -> None:
         for step, reason in reasons.items():
@@ -97,6 +97,10 @@ class Checkpoints:
             ) from error
 
 
+def _brief(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
 def _anywhere(condition: bool) -> bool:
     """Whether it holds on any process."""
     return condition if jax.process_count() == 1 else bool(multihost_utils.process_allgather(condition).any())
@@ -114,7 +118,9 @@ def load_groups(workdir: str | Path) -> tuple[int, dict[str, Any]]:
             tree = _read_numpy(directory / str(step))
             return step, {"params": tree["params"], "ema": tree["ema"]}
         except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
-            logging.error("checkpoint %d in %s cannot be read (%s); trying the one before", step, directory, error)
+            logging.error(
+                "checkpoint %d in %s cannot be read (%s); trying the one before", step, directory, _brief(error)
+            )
     raise FileNotFoundError(f"found no readable checkpoint in {directory}, expected one; train into {workdir} first")
 
 
