@@ -7,6 +7,7 @@ indices and pixels of the examples of every step. A kill is "inside a save" when
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -36,7 +37,7 @@ FLAGS = (
     "--config.model.function_depth=2",
     "--config.model.bands=2",
     "--config.model.groups=2",
-    "--config.num_steps=60",
+    "--config.num_steps=120",
     "--config.checkpoint.every=2",
     "--config.log.every=1",
     "--config.log.sample_every=1000",
@@ -102,9 +103,13 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
     return True
 
 
-def unfinished(workdir: Path) -> bool:
-    """Whether a save is on its way, or was when the process died."""
-    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+def unfinished(workdir: Path) -> set[int]:
+    """The saves on their way, or cut off when the process died, by inode: a name comes again when its step is saved again."""
+    found = set()
+    for path in (workdir / "checkpoints").glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            found.add(path.stat().st_ino)
+    return found
 
 
 def last_state(workdir: Path) -> dict[str, bytes]:
@@ -146,6 +151,13 @@ def finish(process: subprocess.Popen, workdir: Path) -> None:
         raise RuntimeError(f"found exit status {process.returncode}: {(workdir / 'output-0.txt').read_text()[-2000:]}")
 
 
+def kill(process: subprocess.Popen, workdir: Path, before: set[int]) -> bool:
+    """SIGKILL; whether it fell into a save, `before` being those cut off earlier."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return bool(unfinished(workdir) - before)
+
+
 def campaign(folder: Path, kills: int, seed: int, *flags: str) -> dict:
     """Runs trainers into `folder` and kills them until `kills` is reached, whole runs one after another."""
     rng, began = random.Random(seed), time.monotonic()
@@ -153,28 +165,24 @@ def campaign(folder: Path, kills: int, seed: int, *flags: str) -> dict:
     finish(start(reference, *flags), reference)
     report = {"kills": 0, "inside_a_save": 0, "before_the_first_step": 0, "runs": 0, "differences": []}
     while report["kills"] < kills:
-        workdir, done = folder / f"run-{report['runs']}", False
-        while not done:
-            process, before = start(workdir, *flags), len(examples(workdir))
-            if report["kills"] == kills:
-                finish(process, workdir)
-                break
-            if early := rng.random() < 0.2:  # while it imports, restores or compiles
+        workdir, finished = folder / f"run-{report['runs']}", False
+        while not finished:
+            read, cut_off = len(examples(workdir)), unfinished(workdir)
+            # How often it saves is no part of what a run computes: now mostly inside saves, now mostly between them.
+            process = start(workdir, *flags, f"--config.checkpoint.every={rng.choice((2, 2, 15))}")
+            early = rng.random() < 0.2  # while it imports, restores or compiles
+            if early or report["kills"] == kills:
                 delay = rng.uniform(0, 6)
             else:
-                wait_for(lambda n=before, w=workdir: len(examples(w)) > n + 1, process)
+                wait_for(lambda w=workdir, n=read: len(examples(w)) > n + 1, process)
                 delay = rng.uniform(0, 1.5)
             try:
-                finish_code = process.wait(delay)
-                done = True
-                if finish_code:
-                    finish(process, workdir)
+                finished = process.wait(None if report["kills"] == kills else delay) == 0
+                finish(process, workdir)
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
                 report["kills"] += 1
-                report["inside_a_save"] += unfinished(workdir)
-                report["before_the_first_step"] += early and len(examples(workdir)) == before
+                report["inside_a_save"] += kill(process, workdir, cut_off)
+                report["before_the_first_step"] += len(examples(workdir)) == read
         report["runs"] += 1
         report["differences"] += [f"{workdir.name}: {name}" for name in differences(workdir, reference)]
     return report | {"minutes": round((time.monotonic() - began) / 60, 1)}

@@ -130,7 +130,7 @@ class Run:
 
 
 def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()) -> bool:
-    """Trains to `config.num_steps`, resuming what `workdir` holds. False if asked to stop before the end (it has saved).
+    """Trains to `config.num_steps`, resuming what `workdir` holds. False if asked to stop on the way (it has saved).
 
     evaluators: called with (task, evaluation parameters) every `config.log.sample_every` steps; their scalars are logged.
     Raises NonFiniteLossError at the first step whose loss, gradient or new parameters are not finite.
@@ -154,7 +154,7 @@ def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()
         stopped = False
         try:
             for step in range(start, config.num_steps + 1):
-                stopped = preemption.reached(step) and step < config.num_steps
+                stopped = preemption.reached(step)
                 last = step == config.num_steps or stopped
                 if step > start and (step % config.log.sample_every == 0 or step == config.num_steps):
                     params = current.ema[ema.name(config.ema_decays[-1])] if config.ema_decays else current.params

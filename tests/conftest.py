@@ -1,0 +1,105 @@
+"""Eight simulated devices, one compilation cache a session, and the smallest configs that still hold every kind of state."""
+
+import atexit
+import functools
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = tempfile.mkdtemp(prefix="fid_imagegen-compiled-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+# Before jax is imported, here and in the processes that tests start. Half of a tiny model's compile time is LLVM's optimiser.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+sys.path.insert(0, str(ROOT))  # configs/ and launch/ run from a checkout
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """devices(n): meshes made from here on have n of the eight devices; one is what most tests of the loop want."""
+
+    def use(count: int) -> None:
+        import jax
+
+        from fid_imagegen.parallel import mesh
+
+        make = functools.partial(mesh.make_mesh, devices=jax.devices()[:count])
+        monkeypatch.setattr(mesh, "make_mesh", make)
+
+    return use
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(**{"key.key": value}) -> the config of a generator that compiles in seconds; `ct` has a target EMA."""
+    from configs import common
+
+    def make(objective_name="ct", **changes):
+        config = common.base()
+        config.data.update({"source": "synthetic", "image_size": 4, "channels": 1})
+        config.model.update({"width": 16, "heads": 2, "extractor_depth": 1, "predictor_depth": 1})
+        config.model.update({"function_width": 8, "function_depth": 2, "bands": 2, "groups": 2})
+        config.objective = common.objective(objective_name)
+        config.update({"batch_size": 8, "num_steps": 6, "ema_decays": (0.9,)})
+        config.log.update({"every": 1, "sample_every": 1000, "num_samples": 2, "tensorboard": False})
+        config.checkpoint.update({"every": 2, "keep": 3})
+        config.sharding.min_size = 0
+        config.update_from_flattened_dict(changes)
+        return config.lock()
+
+    return make
+
+
+@pytest.fixture
+def toy(monkeypatch, devices, tiny):
+    """toy(**changes) -> a config whose task is one matrix: what the loop does with any task, compiled in a blink.
+
+    `toy.loss` may be replaced by loss(params, x [batch, 16], step); it runs on one device.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from fid_imagegen import tasks
+    from fid_imagegen.diffusion.noise import example_keys
+
+    class Toy:
+        trained, tracked = ("generator",), {"target": ("generator", lambda step: 0.5)}
+
+        def __init__(self, config):
+            self.config = config
+
+        def frozen(self):
+            return make.frozen
+
+        def init(self, key):
+            return {"generator": {"kernel": jax.random.normal(key, (16, make.width))}}, {"seen": jnp.zeros(())}
+
+        def loss(self, groups, model_state, batch, key, step):
+            x = batch["image"].reshape(-1, 16) / 127.5 - 1
+            noise = jax.vmap(lambda k: jax.random.normal(k, (16,)))(example_keys(key, batch["row"]))
+            value = make.loss(groups["generator"], x + noise, step)
+            return value, ({"seen": model_state["seen"] + jnp.mean(x)}, {"mean": jnp.mean(x)})
+
+        def preview(self, params, examples):
+            return {"samples": jnp.tanh(examples / 255 + jnp.mean(params["generator"]["kernel"]))}
+
+    def make(**changes):
+        # The rules of the real models name layers that a toy lacks.
+        own = {"task": "toy", "sharding.rules": ((".*", "fsdp"),), "optimizers.generator.learning_rate": 0.01}
+        return tiny(**(own | changes))
+
+    make.loss = lambda params, x, step: jnp.mean((x @ params["kernel"]) ** 2)
+    make.frozen, make.width = {}, 8
+    monkeypatch.setitem(tasks.TASKS, "toy", Toy)
+    devices(1)
+    return make

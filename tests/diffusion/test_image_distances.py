@@ -1,0 +1,38 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fid_imagegen.diffusion.distances import DISTANCES, l2, pseudo_huber
+
+
+def pair(size, channels=3, scale=1.0):
+    generator = np.random.default_rng(size)
+    a, b = (jnp.asarray(generator.standard_normal((2, size, size, channels)), jnp.float32) for _ in range(2))
+    return a, a + scale * b
+
+
+@pytest.mark.parametrize(("size", "c"), [(32, 0.02993), (64, 0.05986), (128, 0.11972), (256, 0.23944)])
+def test_pseudo_huber_acts_on_the_norm_of_the_whole_image(size, c):
+    a = jnp.zeros((1, size, size, 3))
+    b = a.at[0, 1, 2, 0].set(3 * c).at[0, 0, 0, 1].set(4 * c)  # norm 5 c, by two elements
+    assert pseudo_huber(a, b)[0] == pytest.approx((26**0.5 - 1) * c, rel=1e-3)
+
+
+def test_pseudo_huber_far_away_is_the_norm():
+    a, b = pair(8)
+    norm = np.linalg.norm(np.asarray(a - b).reshape(2, -1), axis=1)
+    np.testing.assert_allclose(pseudo_huber(a, b, factor=0.0), norm, rtol=1e-5)
+    np.testing.assert_allclose(pseudo_huber(a, b), norm, rtol=1e-2)
+
+
+def test_l2_is_a_mean():
+    a, b = pair(4)
+    np.testing.assert_allclose(l2(a, b), ((np.asarray(a) - np.asarray(b)) ** 2).reshape(2, -1).mean(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_equal_images_have_no_distance_and_a_finite_gradient(name):
+    a, _ = pair(4)
+    assert np.abs(DISTANCES[name](a, a)).max() < 1e-8
+    assert not jax.grad(lambda x: DISTANCES[name](x, a).sum())(a).any()

@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fid_imagegen.diffusion.noise import NoiseRange
+from fid_imagegen.diffusion.samplers import last_input, sampling_sigmas
+
+# A large sigma_min, so that sqrt(next^2 - min^2) is far from next.
+NOISE = NoiseRange(sigma_min=0.5, sigma_max=80.0)
+KEYS = jax.random.split(jax.random.key(0), 40)
+SHAPE = (8, 8, 2)
+
+
+def test_levels_of_a_sample():
+    np.testing.assert_allclose(sampling_sigmas(1, NOISE), [80])
+    np.testing.assert_allclose(sampling_sigmas(2, NOISE), [80, 0.821])
+    np.testing.assert_allclose(sampling_sigmas(3, NOISE), [80, (80 * 0.821) ** 0.5, 0.821])
+    with pytest.raises(ValueError, match="found 0 sampling steps, expected at least 1"):
+        sampling_sigmas(0, NOISE)
+
+
+def test_one_step_starts_from_pure_noise():
+    x, sigma = last_input(None, KEYS, SHAPE, steps=1, noise=NOISE)
+    assert x.shape == (40, *SHAPE) and float(x.std()) == pytest.approx(80, rel=0.03)
+    np.testing.assert_array_equal(sigma, np.full(40, 80))
+
+
+def test_later_steps_add_the_noise_that_is_missing():
+    seen = []
+
+    def denoise(x, sigma):
+        seen.append((x, sigma))
+        return jnp.full_like(x, 7.0)
+
+    x, sigma = last_input(denoise, KEYS, SHAPE, steps=3, noise=NOISE)
+    middle = (80 * 0.821) ** 0.5
+    np.testing.assert_allclose([s[0] for _, s in seen] + [sigma[0]], [80, middle, 0.821], rtol=1e-6)
+    for noisy, level in ((seen[1][0], middle), (x, 0.821)):
+        assert float(noisy.mean()) == pytest.approx(7, abs=0.3)
+        assert float(noisy.std()) == pytest.approx((level**2 - 0.5**2) ** 0.5, rel=0.03)
+    # Fresh noise every time, and unlike the first.
+    draws = np.stack([np.ravel(v - v.mean()) for v in (seen[0][0], seen[1][0], x)])
+    assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < 0.05
+
+
+def test_a_sample_depends_on_its_own_key():
+    denoise = lambda x, sigma: x / sigma[:, None, None, None]  # noqa: E731
+    whole, _ = last_input(denoise, KEYS[:5], SHAPE, steps=2, noise=NOISE)
+    part, _ = last_input(denoise, KEYS[2:5], SHAPE, steps=2, noise=NOISE)
+    np.testing.assert_allclose(part, whole[2:], rtol=1e-6)

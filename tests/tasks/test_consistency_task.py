@@ -1,0 +1,179 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from fid_imagegen.diffusion.preconditioning import c_in, c_noise, consistency_function, preconditioning
+from fid_imagegen.models.rendering import render
+from fid_imagegen.tasks.generator import render_native, to_float
+
+CT = {"objective": common.objective("ct"), "preconditioning": "edm", "distance": "l2"}
+
+
+@pytest.fixture(scope="module")
+def task(tiny_task):
+    """Three classes, jitter, no dropout (its masks follow the batch's shape)."""
+    return tiny_task({"model.num_classes": 3})
+
+
+@pytest.fixture(scope="module")
+def params(task, random_params):
+    return random_params(task)
+
+
+@pytest.fixture(scope="module")
+def net(task, params):
+    """The network as samplers see it."""
+    return jax.jit(task._net(params["generator"], training=False))
+
+
+@pytest.fixture(scope="module")
+def loss(task):
+    return jax.jit(lambda *args: task.loss(*args)[0])
+
+
+@pytest.fixture(scope="module")
+def sample(task):
+    """The two-step samples of (params, key, three indices)."""
+    return jax.jit(functools.partial(task.sample, steps=2))
+
+
+@pytest.mark.parametrize("form", ["edm", "x0_blend"])
+def test_the_boundary_condition_is_exact_for_any_weights(net, task, batch, form):
+    x = 3 * to_float(batch["image"])
+    f = functools.partial(
+        consistency_function, net, x, cond=batch["label"], key=None, noise=task.noise, form=preconditioning(form)
+    )
+    np.testing.assert_array_equal(f(sigma_B=jnp.full(4, task.noise.sigma_min)), x)
+    assert np.abs(f(sigma_B=jnp.full(4, 1.0)) - x).max() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{"model.dropout": 0.5, "variational": False}, {"variational": True}])
+def test_one_key_is_one_dropout_and_one_jitter(tiny_task, params, batch, net, changes):
+    task = tiny_task({"model.num_classes": 3} | changes)
+    train = jax.jit(task._net(params["generator"], training=True))
+    inputs = to_float(batch["image"]), jnp.zeros((4, 1)), batch["label"]
+    first = train(*inputs, key=jax.random.key(0))
+    np.testing.assert_array_equal(first, train(*inputs, key=jax.random.key(0)))
+    assert np.abs(first - train(*inputs, key=jax.random.key(1))).max() > 1e-3
+    # Neither is left in what samples.
+    still = net(*inputs, key=jax.random.key(0))
+    np.testing.assert_array_equal(still, net(*inputs, key=jax.random.key(1)))
+    assert np.abs(first - still).max() > 1e-3
+
+
+def test_noise_follows_the_row_and_not_the_place(task, params, loss, batch):
+    """What gradient accumulation and any number of devices rely on."""
+    dealt = jax.tree.map(lambda x: x[jnp.asarray([2, 0, 3, 1])], batch)
+    whole, again = (loss(params, {}, rows, jax.random.key(3), jnp.asarray(2)) for rows in (batch, dealt))
+    assert float(again) == pytest.approx(float(whole), rel=1e-5)
+    moved = loss(params, {}, batch | {"row": batch["row"] + 4}, jax.random.key(3), jnp.asarray(2))
+    assert float(moved) != pytest.approx(float(whole), rel=1e-3)
+
+
+def test_loss_depends_on_key_and_step(loss, params, batch):
+    values = {float(loss(params, {}, batch, jax.random.key(k), jnp.asarray(s))) for k, s in ((0, 0), (1, 0), (0, 7))}
+    assert len(values) == 3 and np.isfinite(list(values)).all()
+
+
+def test_the_tracked_target_is_the_objectives(tiny_task, random_params, batch):
+    assert tiny_task().tracked == {}
+    task = tiny_task(CT)
+    (group, decay) = task.tracked["target"]
+    assert group == "generator" and float(decay(0)) == pytest.approx(0.81)
+    # At step 0 the target is at sigma_min, where any network answers its input. Its gradient is the objective's test.
+    groups = random_params(task)
+    run = jax.jit(
+        lambda target: task.loss(groups | {"target": target}, {}, batch, jax.random.key(0), jnp.asarray(7))[0]
+    )
+    assert run(groups["generator"]) != run(random_params(task, seed=1)["generator"])
+
+
+def test_a_sample_depends_on_the_seed_and_its_number(sample, params):
+    key = jax.random.key(5)
+    here, there = sample(params, key, jnp.arange(3)), sample(params, key, jnp.arange(2, 5))
+    same = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)  # noqa: E731
+    jax.tree.map(same, (here[2:].per_image, here[2:].native), (there[:1].per_image, there[:1].native))
+    other = sample(params, jax.random.key(6), jnp.arange(3))
+    assert np.abs(other.native.noisy - here.native.noisy).max() > 0.1
+
+
+def test_a_sample_on_its_own_grid_is_the_consistency_function(task, net, sample, params):
+    labels = jnp.asarray([2, 0, 1])
+    functions = sample(params, jax.random.key(5), jnp.arange(3), label_B=labels)
+    x, sigma = functions.native.noisy, jnp.full(3, 0.821)
+    f = consistency_function(net, x, sigma, labels, key=None, noise=task.noise, form=task.form)
+    np.testing.assert_allclose(render(functions, 8, 8), f, atol=1e-5)
+    native = jax.jit(functools.partial(render_native, key=None, chunk=48))(functions)  # 64 pixels in two chunks
+    np.testing.assert_allclose(native, f, atol=1e-5)
+    np.testing.assert_allclose(functions.native.skip, 0.271515, rtol=1e-4)
+
+
+def test_labels_are_all_classes_in_turn_unless_given(sample, params):
+    key, index = jax.random.key(5), jnp.arange(3)
+    turn, given = sample(params, key, index), sample(params, key, index, label_B=jnp.arange(3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), turn.per_image, given.per_image)
+    other = sample(params, key, index, label_B=jnp.full(3, 2))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(axis=(1, 2)), turn.per_image, other.per_image)
+    moved = np.max(jax.tree.leaves(moved), axis=0)
+    assert (moved[:2] > 1e-3).all() and moved[2] < 1e-4
+
+
+def test_labels_for_a_generator_without_classes(tiny_task, random_params):
+    task = tiny_task()
+    with pytest.raises(ValueError, match="found labels for a model without classes; leave labels out"):
+        task.sample(random_params(task), jax.random.key(0), jnp.arange(2), label_B=jnp.zeros(2))
+
+
+def test_previews_are_samples_on_the_native_grid(task, params):
+    shape = jax.eval_shape(task.preview, params, jnp.zeros((5, 8, 8, 1), jnp.uint8))["samples"].shape
+    assert shape == (5, 8, 8, 1)
+
+
+def test_the_input_is_scaled_before_the_network(task, params, monkeypatch):
+    """Trap 3: ports that feed raw x_t. The sample's own call of the network is looked at, not the objective's."""
+    seen = []
+    monkeypatch.setattr(
+        type(task.model), "apply", lambda self, params, x, level, *a, **k: seen.append((x, level)) or FAIL
+    )
+    with pytest.raises(AttributeError):  # the stand-in is no function
+        task.sample(params, jax.random.key(0), jnp.arange(50))
+    (x, level) = seen[0]
+    assert float(jnp.std(x)) == pytest.approx(1, rel=0.05)
+    np.testing.assert_allclose(level, c_noise(jnp.full(50, 80.0)), rtol=1e-6)
+    assert float(c_in(jnp.float32(80), task.noise)) == pytest.approx(1 / 80, rel=1e-3)
+
+
+FAIL = object()
+
+
+def test_lpips_without_its_weights_names_the_file(tiny_task, tmp_path):
+    task = tiny_task({"distance": "lpips", "lpips.vgg16": str(tmp_path / "vgg16-397923af.pth")})
+    with pytest.raises((FileNotFoundError, ValueError), match="vgg16-397923af.pth"):
+        task.frozen()
+    assert tiny_task().frozen() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distance": "l3"}, "found distance 'l3', expected one of .*'lpips'.*'pseudo_huber'"),
+        ({"preconditioning": "trig"}, "found preconditioning 'trig'"),
+        ({"objective.name": "sct"}, "found objective 'sct'"),
+        ({"model.preset": "XXL"}, "found preset 'XXL', expected one of .*'tiny'.*; change config.model.preset"),
+        ({"model.function": "9x9"}, "found function preset '9x9'"),
+        ({"model.groups": 5}, "found 5 groups for 16 columns"),
+        ({"noise.sigma_min": 100.0}, "expected 0 < sigma_min < sigma_max"),
+        ({"task": "diffusion"}, "found task 'diffusion', expected one of .*; change config.task"),
+    ],
+)
+def test_configs_that_cannot_be(tiny_task, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_task(changes)
+
+
+def test_bytes_become_minus_one_to_one():
+    np.testing.assert_allclose(to_float(jnp.asarray([0, 51, 255], jnp.uint8)), [-1, -0.6, 1], atol=1e-6)

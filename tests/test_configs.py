@@ -1,0 +1,116 @@
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from fid_imagegen import tasks
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common"))
+JSON_TYPES = (bool, int, float, str, type(None))
+
+
+def _module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def _arguments(name):
+    """Every argument a config knows, by asking for one it does not."""
+    with pytest.raises(ValueError, match="found config argument 'nonsense'") as error:
+        _module(name).get_config("nonsense")
+    return json.loads(str(error.value).split("expected of ")[1].replace("'", '"'))
+
+
+CASES = [(name, arg) for name in NAMES for own in _arguments(name) for arg in ("", own, f"{own},runlocal")]
+CASES = sorted(case for case in set(CASES) if case[1] != "runlocal,runlocal")
+
+
+def _leaves(value, prefix=""):
+    if isinstance(value, (dict, ConfigDict)):
+        for key, child in value.items():
+            yield from _leaves(child, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, (list, tuple)):
+        for child in value:
+            yield from _leaves(child, prefix)
+    else:
+        yield prefix, value
+
+
+def test_all_configs_are_seen():
+    assert {"digits_cm_func", "cifar10_cm_func", "own_images", "celeba64_cm_func", "celeba128_cm_func"} <= set(NAMES)
+    for name in ("cifar10_cm_func", "celeba64_cm_func", "celeba128_cm_func"):
+        assert "paper" in _arguments(name)
+
+
+@pytest.mark.parametrize(("name", "arg"), CASES)
+def test_every_variant_is_locked_complete_and_json(name, arg):
+    config = _module(name).get_config(arg)
+    assert config.is_locked
+    with pytest.raises(AttributeError):
+        config.model.widht = 3
+    with pytest.raises(AttributeError):
+        config.optimizers.generator.learning_rat = 3
+    # Every key there is stands in base(): none is added by a config, none is missing.
+    keys = lambda c: {key for key, _ in _leaves(c) if not key.startswith("objective.")}  # noqa: E731
+    assert keys(config) == keys(common.base())
+    assert set(config.objective) == {"name", *common.OBJECTIVES[config.objective.name]}
+    wrong = {key: type(value) for key, value in _leaves(config.to_dict()) if not isinstance(value, JSON_TYPES)}
+    assert not wrong
+    stored = json.loads(config.to_json())
+    assert json.loads(ConfigDict(stored).to_json()) == stored
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sweeps_name_keys_that_exist(name):
+    sweeps = _module(name).get_sweep()
+    assert sweeps
+    for overrides in (overrides for sweep in sweeps.values() for overrides in sweep):
+        config = _module(name).get_config("")
+        known = dict(_leaves(config))
+        assert set(overrides) <= set(known)
+        config.update_from_flattened_dict(overrides)  # refuses values of another type
+        assert dict(_leaves(config)) == known | overrides
+
+
+@pytest.mark.parametrize(("name", "arg"), [case for case in CASES if "runlocal" in case[1]])
+def test_tasks_are_built_from_what_a_work_directory_holds(name, arg):
+    config = _module(name).get_config(arg)
+    stored = ConfigDict(json.loads(config.to_json()))
+    for task_name in tasks.TASKS:
+        stored.task = task_name
+        params, _ = jax.eval_shape(tasks.build(stored).init, jax.random.key(0))
+        assert set(params) == {"generator"}
+        assert sum(x.size for x in jax.tree.leaves(params)) < 3_000_000  # a minute on 2 cores
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_sizes_are_built(name):
+    task = tasks.build(_module(name).get_config(""))
+    assert jax.eval_shape(task.init, jax.random.key(0))[0]["generator"]
+
+
+def test_the_paper_is_the_papers():
+    config = _module("celeba64_cm_func").get_config("paper")
+    assert (config.batch_size, config.num_steps) == (32, 900_000)
+    assert config.pretrain.num_steps == 30 * 202_599 // 32  # 30 epochs
+    assert (config.preconditioning, config.distance, config.objective.name) == ("edm", "lpips", "ct")
+    assert (config.model.function, config.model.cutoff) == ("5x256", "1024")
+    optimizer = config.optimizers.generator
+    assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay, optimizer.grad_clip) == (
+        "radam",
+        4e-4,
+        0,
+        0,
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10_cm_func", "celeba64_cm_func", "celeba128_cm_func"])
+def test_the_paper_without_lpips_weights_names_the_file(name, tmp_path, monkeypatch):
+    config = _module(name).get_config("paper,runlocal")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((FileNotFoundError, ValueError), match="vgg16-397923af.pth"):
+        tasks.build(config).frozen()
