@@ -4,8 +4,8 @@
 
 The loop is `training.loop.train` with the digits config: data, key folding, finite check, JSONL and TensorBoard logs, previews
 and checkpoints as often as the config has them. It takes turns with the bare step in one process, 50 steps each, so that whatever
-else the machine does hits both. A turn of the loop ends when its last step is done and its checkpoints are on disk. A round is the
-turns from one checkpoint to the next; the median ratio counts. The first turn, which compiles, is left out.
+else the machine does hits both. A turn of the loop ends when its last step is done and its checkpoints are on disk. A round is
+the turns from one checkpoint to the next; the median ratio counts. The first turn, which compiles, is left out.
 """
 
 import argparse

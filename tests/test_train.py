@@ -68,6 +68,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, fif
     assert "stopped and saved" in output(workdir)
     # The step whose batch was at hand is done, and saved.
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]
+    # A run that is 18 steps behind shows what the comparison sees.
+    found = differences(workdir, uninterrupted)
+    for kind in ("['params']", "['ema']", "['opt_state']", "['step']", "metrics.jsonl", "examples"):
+        assert any(name.startswith(kind) for name in found)
     finish(start(workdir, *RECONSTRUCTION, RARELY), workdir)
     assert f"finished: {workdir}" in output(workdir)
     assert [line["step"] for line in examples(workdir)] == list(range(24))
@@ -86,15 +90,6 @@ def test_sigkill_and_the_same_command_goes_on(uninterrupted, tmp_path):
     kill(process, workdir, set())
     finish(start(workdir, *RECONSTRUCTION, OFTEN), workdir)
     assert differences(workdir, uninterrupted) == []
-
-
-def test_the_comparison_sees_other_examples_losses_and_arrays(uninterrupted, tmp_path):
-    finish(start(tmp_path, *RECONSTRUCTION, RARELY, "--config.seed=1"), tmp_path)
-    found = differences(tmp_path, uninterrupted)
-    assert {"examples", "metrics.jsonl"} <= set(found)
-    for kind in ("['params']", "['ema']", "['opt_state']"):
-        assert any(name.startswith(kind) for name in found)
-    assert not any(name.startswith("['step']") for name in found)
 
 
 def two_processes(workdir, held, fifos):
@@ -140,9 +135,7 @@ def test_sigterm_to_one_of_two_processes_saves_on_both_at_one_step(uninterrupted
     ("flags", "message"),
     [
         (["--config.modle.width=3"], "modle"),
-        (["--config.model.preset=huge"], r"found preset 'huge', expected one of"),
         (["--config.batch_size=7", "--config.accumulate=2"], "found batch size 7 on a mesh of"),
-        (["surplus"], "found arguments"),
     ],
 )
 def test_mistakes_are_named_and_write_nothing(tmp_path, flags, message):

@@ -18,20 +18,24 @@ def frechet_report(pipe: ImageFunctionPipeline, extract: Extract, *, num: int, s
     """{"num", "samples", "training"}: distances of `num` samples and of `num` training images to the same held-out images.
 
     The second is what real images score at this number: the distance is biased upwards for few images. `num` beyond the
-    number of held-out images is a ValueError. Training images are those that come first in the source's order.
+    number of held-out images is a ValueError. Real images are taken evenly from the source's order, which in a folder of
+    classes goes class by class.
     """
     data = pipe.config.data
     held_out = sources.make_source(data, held_out=True)
     if not 2 <= num <= len(held_out):
         raise ValueError(f"found num={num}, expected 2 to {len(held_out)}, the held-out images of {held_out.name}")
-    training = sources.make_source(data)
 
     def statistics(images):
         return gaussian_statistics(extract(images))
 
-    reference = statistics(pipeline.examples(held_out, data, range(num)))
+    def real_images(source):
+        count = min(num, len(source))
+        return pipeline.examples(source, data, np.arange(count) * len(source) // count)
+
+    reference = statistics(real_images(held_out))
     made = statistics(native_samples(pipe, num, seed=seed, steps=steps))
-    real = statistics(pipeline.examples(training, data, range(min(num, len(training)))))
+    real = statistics(real_images(sources.make_source(data)))
     return {
         "num": num,
         "samples": frechet_distance(made, reference),
