@@ -91,7 +91,7 @@ def examples(workdir: Path, process: int = 0) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> bool:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> bool:
     """Waits until `condition()`; False if the process ended before. TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

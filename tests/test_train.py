@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import resume_campaign
 from benchmarks.resume_campaign import (
     FLAGS,
     ROOT,
@@ -20,7 +21,6 @@ from benchmarks.resume_campaign import (
     finish,
     kill,
     losses,
-    start,
     unfinished,
     wait_for,
 )
@@ -32,7 +32,22 @@ RARELY, OFTEN = "--config.checkpoint.every=1000", "--config.checkpoint.every=2"
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def start():
+    """`resume_campaign.start`; what still runs when a test has failed is ended."""
+    running = []
+
+    def run(*args, **kwargs):
+        running.append(resume_campaign.start(*args, **kwargs))
+        return running[-1]
+
+    yield run
+    for process in running:
+        process.kill()  # no effect on one that has ended
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start, tmp_path_factory):
     """The work directory of a run of 24 steps that nothing stopped."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     finish(start(workdir, *RECONSTRUCTION, RARELY), workdir)
@@ -58,7 +73,7 @@ def at_step(workdir, step, *processes):
         assert wait_for(reached, process), output(workdir, index)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, fifos):
+def test_sigterm_saves_and_the_same_command_goes_on(start, uninterrupted, tmp_path, fifos):
     workdir = tmp_path / "run"
     process = start(workdir, *RECONSTRUCTION, RARELY, hold=f"5:{fifos[0]}")
     at_step(workdir, 5, process)
@@ -78,7 +93,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, tmp_path, fif
     assert differences(workdir, uninterrupted) == []
 
 
-def test_sigkill_and_the_same_command_goes_on(uninterrupted, tmp_path):
+def test_sigkill_and_the_same_command_goes_on(start, uninterrupted, tmp_path):
     """Once inside a save, once after a few steps; benchmarks/resume_campaign.py does it at 30 random moments."""
     workdir = tmp_path / "run"
     process = start(workdir, *RECONSTRUCTION, OFTEN)
@@ -92,7 +107,7 @@ def test_sigkill_and_the_same_command_goes_on(uninterrupted, tmp_path):
     assert differences(workdir, uninterrupted) == []
 
 
-def two_processes(workdir, held, fifos):
+def two_processes(start, workdir, held, fifos):
     """Both processes of a run on two devices, held at a step."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -102,11 +117,11 @@ def two_processes(workdir, held, fifos):
     return [start(workdir, *flags, f"--process_id={i}", hold=f"{held}:{fifo}") for i, fifo in enumerate(fifos)]
 
 
-def test_sigterm_to_one_of_two_processes_saves_on_both_at_one_step(uninterrupted, tmp_path, fifos):
+def test_sigterm_to_one_of_two_processes_saves_on_both_at_one_step(start, uninterrupted, tmp_path, fifos):
     workdir, reached = tmp_path / "run", 0
     for asked in (1, 0):
         held, before = reached + 4, reached
-        both = two_processes(workdir, held, fifos)
+        both = two_processes(start, workdir, held, fifos)
         at_step(workdir, held, *both)
         both[asked].send_signal(signal.SIGTERM)
         for fifo in fifos:
