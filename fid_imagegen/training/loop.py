@@ -57,7 +57,7 @@ class Run:
             _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", self.frozen[name])
 
     def _check_labels(self):
-        classes = getattr(self.config.model, "num_classes", 0)
+        classes = self.config.model.num_classes
         if classes and self.source.num_classes != classes:
             raise ValueError(
                 f"found {self.source.num_classes} classes in {self.source.name}, expected {classes}; "
