@@ -21,6 +21,7 @@ setup(
         "array-record>=0.5; platform_system == 'Linux'",
         "clu>=0.0.12",
         "einops>=0.8",
+        "etils[epath]>=1.9",
         "flax>=0.12.8",
         "grain>=0.2.12",
         "importlib_resources>=6.0",  # tensorflow-datasets imports it without declaring it
@@ -37,7 +38,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10", "gcsfs>=2024.6"],  # gcsfs: work directories in buckets
         "cuda": ["jax[cuda13]>=0.10"],
         "tfds": ["tensorflow-cpu>=2.20"],  # preparing TFDS sets; reading prepared ones needs no tensorflow
         "demo": DEMO,

@@ -34,6 +34,12 @@ def karras_sigma(index: Float[Array, "..."], count: Int[Array, ""], noise: Noise
     return (high + index / (count - 1) * (low - high)) ** RHO
 
 
+def check_levels(s0: int, s1: int) -> None:
+    """Raises ValueError unless a schedule of levels grows from s0 >= 1 to s1."""
+    if not 1 <= s0 <= s1:
+        raise ValueError(f"found s0={s0}, s1={s1}, expected 1 <= s0 <= s1; change config.objective")
+
+
 def ct_levels(step: Int[Array, ""], num_steps: int, s0: int, s1: int) -> Int[Array, ""]:
     """N(k) of CM, App. C: ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 levels at step k of K."""
     progress = jnp.asarray(step, jnp.float32) / num_steps

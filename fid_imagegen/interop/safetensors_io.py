@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 
-def save_tree(path: str | Path, tree: Mapping, metadata: Mapping[str, str]) -> None:
+def save_tree(path: epath.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:
     """Writes a nested dict of arrays, bfloat16 included, whole or not at all: on any error `path` is as it was before.
 
     Raises ValueError for keys that could not be read back, for empty dicts, and for metadata that is not text to text.
     """
-    path = Path(path)
     tensors = {}
     for keys, leaf in flatten_dict(tree, keep_empty_nodes=True).items():
         if not all(isinstance(key, str) and key and "/" not in key for key in keys) or not hasattr(leaf, "dtype"):
@@ -28,6 +28,11 @@ def save_tree(path: str | Path, tree: Mapping, metadata: Mapping[str, str]) -> N
         tensors["/".join(keys)] = np.asarray(leaf, order="C")
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise ValueError(f"found metadata {dict(metadata)}, expected text to text; json.dumps the values")
+    path = epath.Path(path)
+    if "://" in str(path):  # an object of a bucket appears whole or not at all
+        path.write_bytes(safetensors.numpy.save(tensors, dict(metadata)))
+        return
+    path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # same folder: a rename, never a copy
     try:
         safetensors.numpy.save_file(tensors, partial, dict(metadata))

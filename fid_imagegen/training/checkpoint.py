@@ -1,35 +1,38 @@
 """Checkpoints of a work directory: state, EMAs, optimizer and data position as one atomic unit. All of Orbax is in this file.
 
 A checkpoint is `WORKDIR/checkpoints/STEP/{state,meta}`; the step is the position in the data, `meta` holds the fingerprints
-of the data set and of the frozen groups. Orbax writes beside and renames, so that a directory named by a number is whole, and a
-killed save leaves nothing that would be read.
+of the data set and of the frozen groups, and the state's checksum. Orbax writes beside and renames, so that a directory named
+by a number is whole, and a killed save leaves nothing that would be read.
 """
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 
-STATE, META = "state", "meta"
+from fid_imagegen.training.checksum import checksum
+
+STATE, META, CHECKSUM = "state", "meta", "checksum"
 
 
 class Checkpoints:
     """The checkpoints of one work directory. `save` returns while writing goes on; `close` waits for it."""
 
-    def __init__(self, workdir: str | Path, *, keep: int):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+    def __init__(self, workdir: epath.PathLike, *, keep: int):
+        self.directory = epath.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._checksum = jax.jit(checksum)
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Starts writing `state` as checkpoint `step`; a checkpoint that exists is left as it is."""
         if step in self._manager.all_steps():
             return
+        meta = meta | {CHECKSUM: int(self._checksum(state))}
         items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), META: ocp.args.JsonSave(meta)})
         self._guard(lambda: self._manager.save(step, args=items))
 
@@ -70,8 +73,9 @@ class Checkpoints:
         items = {STATE: ocp.args.StandardRestore(abstract_state), META: ocp.args.JsonRestore()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            jax.block_until_ready(restored[STATE])
-            return (restored[STATE], restored[META]), ""
+            meta = dict(restored[META])
+            _compare(meta.pop(CHECKSUM), int(self._checksum(restored[STATE])))
+            return (restored[STATE], meta), ""
         except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
             return None, _brief(error)
 
@@ -80,7 +84,7 @@ class Checkpoints:
             target = self.directory / f"unreadable-{step}"
             logging.error("checkpoint %d cannot be read (%s): moved to %s, using the one before", step, reason, target)
             if jax.process_index() == 0:
-                shutil.rmtree(target, ignore_errors=True)
+                target.rmtree(missing_ok=True)
                 (self.directory / str(step)).rename(target)
         if reasons:
             if jax.process_count() > 1:
@@ -97,6 +101,11 @@ class Checkpoints:
             ) from error
 
 
+def _compare(saved: int, found: int) -> None:
+    if saved != found:
+        raise ValueError(f"found checksum {found:08x} of what was read, expected {saved:08x}: the files were altered")
+
+
 def _brief(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
@@ -106,12 +115,12 @@ def _anywhere(condition: bool) -> bool:
     return condition if jax.process_count() == 1 else bool(multihost_utils.process_allgather(condition).any())
 
 
-def load_groups(workdir: str | Path) -> tuple[int, dict[str, Any]]:
+def load_groups(workdir: epath.PathLike) -> tuple[int, dict[str, Any]]:
     """(step, {"params", "ema"}) of the newest readable checkpoint as numpy arrays, without knowing the model.
 
     Raises FileNotFoundError where there is none.
     """
-    directory = Path(workdir).absolute() / "checkpoints"
+    directory = epath.Path(workdir).absolute() / "checkpoints"
     steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
     for step in steps:
         try:
@@ -124,12 +133,13 @@ def load_groups(workdir: str | Path) -> tuple[int, dict[str, Any]]:
     raise FileNotFoundError(f"found no readable checkpoint in {directory}, expected one; train into {workdir} first")
 
 
-def _read_numpy(path: Path) -> Any:
+def _read_numpy(path: epath.Path) -> Any:
     """The state of one checkpoint with every array as numpy: the mesh it was saved on need not exist here."""
     handlers = {STATE: ocp.PyTreeCheckpointHandler(), META: ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
         saved = reader.metadata(path).item_metadata[STATE].tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        return reader.restore(path, ocp.args.Composite(**{STATE: ocp.args.PyTreeRestore(restore_args=restore_args)}))[
-            STATE
-        ]
+        items = {STATE: ocp.args.PyTreeRestore(restore_args=restore_args), META: ocp.args.JsonRestore()}
+        read = reader.restore(path, ocp.args.Composite(**items))
+    _compare(read[META][CHECKSUM], int(checksum(read[STATE], np)))
+    return read[STATE]

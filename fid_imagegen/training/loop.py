@@ -9,13 +9,13 @@ matters: a checkpoint's step is its position in the data, so nothing may be fetc
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu import parameter_overview
+from etils import epath
 from tqdm import tqdm
 
 from fid_imagegen import tasks
@@ -38,8 +38,8 @@ class NonFiniteLossError(RuntimeError):
 class Run:
     """Everything a run needs before its first step; `train` is the loop over it."""
 
-    def __init__(self, config, workdir: str | Path):
-        self.config, self.workdir = config, Path(workdir)
+    def __init__(self, config, workdir: epath.PathLike):
+        self.config, self.workdir = config, epath.Path(workdir)
         self.mesh = meshes.make_mesh(**config.mesh)
         meshes.check_batch(config.batch_size, config.accumulate, self.mesh)
         self.task = tasks.build(config)
@@ -129,7 +129,7 @@ class Run:
             yield pipeline.to_global({name: batch[name] for name in ("image", "label")}, self.batch_sharding)
 
 
-def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()) -> bool:
+def train(config, workdir: epath.PathLike, *, evaluators: tuple[Evaluator, ...] = ()) -> bool:
     """Trains to `config.num_steps`, resuming what `workdir` holds. False if asked to stop on the way (it has saved).
 
     evaluators: called with (task, evaluation parameters) every `config.log.sample_every` steps; their scalars are logged.
@@ -163,6 +163,7 @@ def train(config, workdir: str | Path, *, evaluators: tuple[Evaluator, ...] = ()
                         meter.extra |= evaluate(run.task, params)
                 if step > start and (step % config.checkpoint.every == 0 or last):
                     meter.settle(step)
+                    writer.flush()
                     checkpoints.save(step, current, run.meta)
                 if last:
                     break
@@ -236,7 +237,7 @@ class Meter:
 class Profile:
     """Traces steps window.start .. window.start + window.steps - 1 into `folder`, or those of them that this start does."""
 
-    def __init__(self, window, folder: Path):
+    def __init__(self, window, folder: epath.Path):
         self.steps, self.folder = range(window.start, window.start + window.steps), folder
         self._tracing = False
 
@@ -278,7 +279,7 @@ def _hash(tree) -> str:
     return digest.hexdigest()
 
 
-def _save_frozen(path: Path, tree) -> None:
+def _save_frozen(path: epath.Path, tree) -> None:
     """Writes a frozen group once; its file is named by its content."""
     if jax.process_index() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

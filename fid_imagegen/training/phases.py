@@ -1,7 +1,6 @@
 """The phases of a config: reconstruction pre-training into WORKDIR/pretrain where it asks for it, then its task."""
 
-from pathlib import Path
-
+from etils import epath
 from ml_collections import ConfigDict
 
 from fid_imagegen.data import pipeline, sources
@@ -12,13 +11,8 @@ from fid_imagegen.training.warm_start import PRETRAIN
 MAX_HELD_OUT = 512
 
 
-def run(config: ConfigDict, workdir: str | Path) -> bool:
+def run(config: ConfigDict, workdir: epath.PathLike) -> bool:
     """Runs all phases of a config, resuming what is there; False if asked to stop before the end."""
-    if "://" in str(workdir):
-        raise ValueError(
-            f"found the work directory {workdir}, expected a folder that all hosts share: config.json and logs are not "
-            "written to buckets yet; mount the bucket, or use network storage"
-        )
     if not config.pretrain.num_steps:
         return train(config, workdir)
     if config.init.generator:
@@ -32,7 +26,7 @@ def run(config: ConfigDict, workdir: str | Path) -> bool:
     # Mistakes in the second phase should show before the first one has run.
     Run(config.lock(), workdir).write_config()
     phase = pretrain_config(config)
-    if not train(phase, Path(workdir) / PRETRAIN, evaluators=held_out_psnr(phase.data)):
+    if not train(phase, epath.Path(workdir) / PRETRAIN, evaluators=held_out_psnr(phase.data)):
         return False
     return train(config, workdir)
 

@@ -1,11 +1,10 @@
 """A work directory as others find it: its resolved `config.json`, and the parameters of its newest checkpoint."""
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from fid_imagegen.interop.safetensors_io import load_tree
@@ -16,12 +15,12 @@ from fid_imagegen.training.checkpoint import load_groups
 FREE_KEYS = ("mesh", "sharding", "checkpoint", "log", "profile", "accumulate")
 
 
-def write_config(workdir: str | Path, config: ConfigDict) -> None:
+def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes `config.json` (process 0), or checks it (all): a work directory belongs to one config, but for FREE_KEYS.
 
     Raises ValueError listing the keys that differ.
     """
-    path = Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     resolved = json.loads(config.to_json())
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +39,7 @@ def write_config(workdir: str | Path, config: ConfigDict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _differences(old: Any, new: Any, prefix: str = ""):
@@ -54,18 +53,18 @@ def _differences(old: Any, new: Any, prefix: str = ""):
         yield prefix, old, new
 
 
-def read_config(folder: str | Path) -> ConfigDict:
+def read_config(folder: epath.PathLike) -> ConfigDict:
     """The resolved config of a work directory or exported folder."""
-    path = Path(folder) / "config.json"
+    path = epath.Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"found no {path}, expected a work directory or an exported folder; check the path")
     return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_params(folder: str | Path) -> tuple[ConfigDict, dict[str, Any]]:
+def read_params(folder: epath.PathLike) -> tuple[ConfigDict, dict[str, Any]]:
     """(config, trained groups) of a work directory (its last evaluation EMA) or exported folder (`model.safetensors`)."""
     config = read_config(folder)
-    exported = Path(folder) / "model.safetensors"
+    exported = epath.Path(folder) / "model.safetensors"
     if exported.exists():
         return config, load_tree(exported)[0]
     _, groups = load_groups(folder)

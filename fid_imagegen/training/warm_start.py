@@ -1,10 +1,10 @@
 """Starting a group of parameters from another run: `config.init = {group: folder}`."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from fid_imagegen.parallel.sharding import path_name
 from fid_imagegen.training.runs import read_params
@@ -12,7 +12,7 @@ from fid_imagegen.training.runs import read_params
 PRETRAIN = "pretrain"
 
 
-def fill(params: dict[str, Any], init: dict[str, str], workdir: Path) -> dict[str, Any]:
+def fill(params: dict[str, Any], init: dict[str, str], workdir: epath.Path) -> dict[str, Any]:
     """`params` with the named groups read from work directories or exported folders.
 
     The folder "pretrain" is the run's own, WORKDIR/pretrain, so that a work directory may be moved and still be resumed.

@@ -3,13 +3,14 @@
 `clu.metric_writers` needs tensorflow at import, so the interface is CLU's and the back-ends are ours (tensorboardX).
 """
 
+import io
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from PIL import Image
 
 
@@ -19,15 +20,13 @@ class Writer:
     start: the step the run (re)starts from. Lines after it are dropped, so that the log of a resumed run reads like one run.
     """
 
-    def __init__(self, workdir: str | Path, *, start: int, tensorboard: bool):
-        self.directory = Path(workdir)
+    def __init__(self, workdir: epath.PathLike, *, start: int, tensorboard: bool):
+        self.directory = epath.Path(workdir)
         self._active = jax.process_index() == 0
         self._board = None
         if not self._active:
             return
-        self._path = self.directory / "metrics.jsonl"
-        _truncate(self._path, start)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._log = _Log(self.directory / "metrics.jsonl", start)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -38,8 +37,9 @@ class Writer:
         if not self._active:
             return
         values = {name: float(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
+        # JSON has no NaN; the error that ends such a run says what it was.
+        finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
+        self._log.append(json.dumps({"step": step} | finite))
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -51,17 +51,16 @@ class Writer:
         folder = self.directory / "samples"
         folder.mkdir(exist_ok=True)
         for name, image in images.items():
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                folder / f"{name}_{step:07d}.png"
-            )
+            png = io.BytesIO()
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(png, "PNG")
+            (folder / f"{name}_{step:07d}.png").write_bytes(png.getvalue())
             if self._board:
                 self._board.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Forces everything to disk."""
         if self._active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._log.flush()
             if self._board:
                 self._board.flush()
 
@@ -69,7 +68,7 @@ class Writer:
         """Flushes and closes."""
         if self._active:
             self.flush()
-            self._file.close()
+            self._log.close()
             if self._board:
                 self._board.close()
 
@@ -86,9 +85,9 @@ def tile(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     return sheet
 
 
-def read_metrics(workdir: str | Path) -> list[dict]:
+def read_metrics(workdir: epath.PathLike) -> list[dict]:
     """The lines of a run's `metrics.jsonl`; a last line cut off by a kill is left out."""
-    path = Path(workdir) / "metrics.jsonl"
+    path = epath.Path(workdir) / "metrics.jsonl"
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -98,11 +97,33 @@ def read_metrics(workdir: str | Path) -> list[dict]:
     return lines
 
 
-def _truncate(path: Path, start: int) -> None:
-    """Keeps the lines up to step `start`, atomically."""
-    if not path.exists():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= start]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+class _Log:
+    """A file of JSON lines from which those after step `start` are dropped first, atomically.
+
+    A folder's file grows by a line at once. An object of a bucket cannot grow: it is written anew at each `flush`.
+    """
+
+    def __init__(self, path: epath.Path, start: int):
+        kept = [json.dumps(line) for line in read_metrics(path.parent) if line["step"] <= start]
+        self._path, self._lines = path, kept
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+        self._file = None if "://" in str(path) else path.open("a")
+
+    def append(self, line: str) -> None:
+        if self._file is None:
+            self._lines.append(line)
+        else:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def flush(self) -> None:
+        if self._file is None:
+            self._path.write_text("".join(f"{line}\n" for line in self._lines))
+        else:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -69,7 +69,7 @@ def test_a_run_leaves_what_it_promises(toy, tmp_path):
     assert again and len(called) == 2 and sorted({line["step"] for line in read_metrics(tmp_path)}) == [4, 6]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 5, 6])
 def test_interrupted_at_any_step_and_restarted_is_uninterrupted(toy, tmp_path, stop_at, noted, stop):
     assert train(toy(), tmp_path / "whole")
     whole = list(noted)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fid_imagegen.diffusion.distances import Distance
-from fid_imagegen.diffusion.noise import NoiseRange, ct_levels, ct_target_decay, karras_sigma
+from fid_imagegen.diffusion.noise import NoiseRange, check_levels, ct_levels, ct_target_decay, karras_sigma
 from fid_imagegen.diffusion.objectives.pairs import pair_distance
 from fid_imagegen.diffusion.preconditioning import Preconditioning
 
@@ -22,6 +22,9 @@ class ConsistencyTraining:
     s0: int = 2
     s1: int = 150
     mu0: float = 0.9
+
+    def __post_init__(self):
+        check_levels(self.s0, self.s1)
 
     def target_decay(self, step):
         """mu(k), the decay of the target network's EMA at step k."""

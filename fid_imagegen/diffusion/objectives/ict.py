@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from fid_imagegen.diffusion.distances import Distance
-from fid_imagegen.diffusion.noise import NoiseRange, ict_levels, karras_cell, karras_sigma, lognormal_sigmas
+from fid_imagegen.diffusion.noise import (
+    NoiseRange,
+    check_levels,
+    ict_levels,
+    karras_cell,
+    karras_sigma,
+    lognormal_sigmas,
+)
 from fid_imagegen.diffusion.objectives.pairs import pair_distance
 from fid_imagegen.diffusion.preconditioning import Preconditioning
 
@@ -25,6 +32,9 @@ class ImprovedConsistencyTraining:
     log_deviation: float = 2.0
 
     target_decay = None
+
+    def __post_init__(self):
+        check_levels(self.s0, self.s1)
 
     def __call__(self, nets, x0, cond, *, keys, key, step):
         """Loss per image; the target is the student itself behind a stop-gradient."""
