@@ -33,8 +33,10 @@ setup(
         "orbax-checkpoint>=0.12",
         "pillow>=11.0",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.8",
+        "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
     extras_require={
@@ -42,8 +44,13 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tfds": ["tensorflow-cpu>=2.20"],  # preparing TFDS sets; reading prepared ones needs no tensorflow
         "demo": DEMO,
-        "parity": ["torch>=2.4", "torchvision>=0.19"],  # oracles of tests, never imported at run time
-        "dev": [*DEMO, "beartype>=0.19", "pytest>=8.3", "ruff>=0.9", "scipy>=1.14"],
+        "parity": [
+            "torch>=2.4",
+            "torchvision>=0.19",
+            "diffusers>=0.38",
+            "transformers>=4.45",
+        ],  # oracles of tests, never imported at run time
+        "dev": [*DEMO, "beartype>=0.19", "pytest>=8.3", "ruff>=0.9"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",
