@@ -1,4 +1,4 @@
-"""A folder or a zip of PNG and JPEG files, as a source."""
+"""A folder or a zip of PNG, JPEG and WebP files, as a source."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from PIL import Image
 
 from fid_imagegen.data.transforms import decode, more_than_8_bits
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 UNREADABLE = (
     OSError,
     ValueError,
@@ -47,7 +47,7 @@ class ImageFiles:
         self.name = f"folder:{self.path.name}"
         if not config.path or not self.path.exists():
             raise FileNotFoundError(
-                f"found nothing at path={config.path!r}, expected a folder or a .zip of PNG or JPEG files; "
+                f"found nothing at path={config.path!r}, expected a folder or a .zip of PNG, JPEG or WebP files; "
                 "set config.data.path"
             )
         # One handle and one lock: `ZipFile.open` counts its readers without a lock of its own.
@@ -56,7 +56,7 @@ class ImageFiles:
         names = sorted(name for name in sizes if name.lower().endswith(SUFFIXES))
         if not names:
             raise ValueError(
-                f"found no PNG or JPEG among {len(sizes)} files of {self.path}, expected names that end in "
+                f"found no PNG, JPEG or WebP among {len(sizes)} files of {self.path}, expected names that end in "
                 f"{', '.join(SUFFIXES)}; set config.data.path to a folder or a .zip with images"
             )
         self.files = self._checked(names, config)
@@ -82,7 +82,7 @@ class ImageFiles:
         except UNREADABLE as error:
             raise ValueError(
                 f"found {name} in {self.path} with a good header but unreadable pixels ({error}), expected a whole "
-                "PNG or JPEG; replace or remove the file"
+                "PNG, JPEG or WebP; replace or remove the file"
             ) from error
         return {"image": pixels, "label": np.int32(self.labels[index])}
 
@@ -124,7 +124,7 @@ class ImageFiles:
         listed = "; ".join(bad[:MAX_NAMED]) + (f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else "")
         summary = (
             f"found {len(bad)} of {len(names)} images in {self.path} unreadable or too small: {listed}; expected 8-bit "
-            f"PNG or JPEG with a shorter side of at least image_size={config.image_size}"
+            f"PNG, JPEG or WebP with a shorter side of at least image_size={config.image_size}"
         )
         if not config.skip_unreadable or len(bad) == len(names):
             raise ValueError(

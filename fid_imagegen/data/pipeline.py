@@ -10,7 +10,7 @@ take 10 ms of CPU for 256 digits (0.2.18), 3 of them in the shuffle's C++; `_ord
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -49,10 +49,12 @@ def _draws(seed: int, first: int, count: int) -> UInt64[np.ndarray, "count words
     return _philox(seed, AUGMENTATION, counter=first).random_raw(4 * count).reshape(count, 4)
 
 
-def _read(source: Source, index: int, size: int) -> tuple[UInt8[np.ndarray, "size size channels"], np.int32]:
+def _read(
+    source: Source, index: int, size: int
+) -> tuple[UInt8[np.ndarray, "size size channels"], np.int32, tuple[str, ...]]:
     record = source[int(index)]
     try:
-        return resize_and_crop(record["image"], size), record["label"]
+        return resize_and_crop(record["image"], size), record["label"], record.get("captions", ())
     except ValueError as error:
         error.add_note(f"This was record {index} of {source.name}.")
         raise
@@ -67,19 +69,20 @@ class _Records:
         if self.keep:  # `empty`: the system gives a page when it is first written
             self.images = np.empty((len(source), self.size, self.size, self.channels), np.uint8)
             self.labels = np.empty(len(source), np.int32)
+            self.captions = [()] * len(source)
             self.known = np.zeros(len(source), bool)
 
     def take(
         self, indices: Int64[np.ndarray, "n"]
-    ) -> tuple[UInt8[np.ndarray, "n size size channels"], Int32[np.ndarray, "n"]]:
+    ) -> tuple[UInt8[np.ndarray, "n size size channels"], Int32[np.ndarray, "n"], Sequence[tuple[str, ...]]]:
         if not self.keep:
-            images, labels = zip(*(_read(self.source, index, self.size) for index in indices), strict=True)
-            return np.stack(images), np.array(labels, np.int32)
+            images, labels, captions = zip(*(_read(self.source, index, self.size) for index in indices), strict=True)
+            return np.stack(images), np.array(labels, np.int32), captions
         for index in indices[~self.known[indices]]:
             # Two threads may read one record: they write the same bytes, and `known` follows them.
-            self.images[index], self.labels[index] = _read(self.source, index, self.size)
+            self.images[index], self.labels[index], self.captions[index] = _read(self.source, index, self.size)
             self.known[index] = True
-        return self.images[indices], self.labels[indices]
+        return self.images[indices], self.labels[indices], [self.captions[index] for index in indices]
 
 
 def batches(
@@ -93,6 +96,7 @@ def batches(
     process_count: int = 1,
     num_threads: int = 2,
     prefetch: int = 4,
+    tokenize: Callable[[list[str]], dict[str, np.ndarray]] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the global batches `start_step`, `start_step + 1`, ..., without end.
 
@@ -101,7 +105,11 @@ def batches(
     is another permutation of the source, and a batch may hold the end of one and the start of the next. The iterator
     has a `close()` that stops its threads; being collected does the same.
 
-    Errors: ValueError when P does not divide B, or for a process_index, seed or start_step out of range.
+    A captioned source adds "caption", an object array of strings [B/P], or in its place the arrays [B/P, ...] that
+    `tokenize` makes of them, such as {"tokens", "mask"}; of several captions of a record the example's random bits choose.
+
+    Errors: ValueError when P does not divide B, for a process_index, seed or start_step out of range, or for `tokenize`
+    with a source that has no captions.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
@@ -112,15 +120,25 @@ def batches(
         raise ValueError(f"found process_index={process_index}, expected one of 0..{process_count - 1}")
     if not 0 <= seed < 2**64 or not 0 <= start_step < LAST_STEP:
         raise ValueError(f"found seed={seed}, start_step={start_step}, expected both to be non-negative integers")
+    captioned = hasattr(source, "captions")
+    if tokenize and not captioned:
+        raise ValueError(
+            f"found no captions in {source.name}, expected a source that has them; change config.data.source"
+        )
     records, rows, flip = _Records(source, config), batch_size // process_count, config.flip
 
     def batch(step: int) -> dict[str, np.ndarray]:
         first = step * batch_size + process_index * rows
         indices = _order(seed, len(source), first, rows)
-        images, labels = records.take(indices)
+        images, labels, captions = records.take(indices)
+        draws = _draws(seed, first, rows)
         if flip:
-            images = random_flip(images, _draws(seed, first, rows)[:, 0])
-        return {"image": images, "label": labels, "index": indices}
+            images = random_flip(images, draws[:, 0])
+        made = {"image": images, "label": labels, "index": indices}
+        if captioned:
+            chosen = [texts[draw % len(texts)] for texts, draw in zip(captions, draws[:, 1].tolist(), strict=True)]
+            made |= tokenize(chosen) if tokenize else {"caption": np.array(chosen, object)}
+        return made
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(start_step, LAST_STEP).map(batch).to_iter_dataset(options))

@@ -12,8 +12,11 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from fid_imagegen.data.captions import CaptionedFiles
 from fid_imagegen.data.image_files import ImageFiles
+from fid_imagegen.data.shapes import Shapes
 from fid_imagegen.data.transforms import decode, with_channels
+from fid_imagegen.data.webdataset import Prepared
 
 
 class Source(Protocol):
@@ -21,6 +24,9 @@ class Source(Protocol):
 
     `fingerprint` is a sha256 that changes when the data set does. `num_classes` is 0 for an unlabelled set, whose
     labels are all 0.
+
+    A captioned source has one more method, `captions(index) -> tuple[str, ...]`, the texts of a record, one or more,
+    read without its pixels; its records hold the same tuple as "captions".
     """
 
     name: str
@@ -150,6 +156,7 @@ class Tfds:
 
     An empty `path` is TFDS's own default. `split` may be a slice such as `train[:90%]`. Images are decoded here,
     so that they do not depend on whether OpenCV, TFDS's first choice, is installed. Nothing is downloaded or prepared.
+    A set with a sequence `captions` of `text`, as `coco_captions`, is captioned.
     """
 
     def __init__(self, config):
@@ -181,6 +188,9 @@ class Tfds:
             )
         self.labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
         self.num_classes = features["label"].num_classes if self.labelled else 0
+        captions = getattr(features.get("captions"), "feature", None)  # of a sequence
+        if isinstance(captions, tfds.features.FeaturesDict) and "text" in captions.keys():  # noqa: SIM118
+            self.captions = self._captions
         lengths = {name: split.shard_lengths for name, split in sorted(info.splits.items())}
         self.fingerprint = hashlib.sha256(f"{info.full_name} {lengths} {config.split}".encode()).hexdigest()
 
@@ -190,10 +200,31 @@ class Tfds:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         record = self.records[index]
         label = np.int32(record["label"] if self.labelled else 0)
-        return {"image": decode(record["image"], self.channels), "label": label}
+        made = {"image": decode(record["image"], self.channels), "label": label}
+        return made | {"captions": self._texts(index, record)} if hasattr(self, "captions") else made
+
+    def _captions(self, index: int) -> tuple[str, ...]:
+        return self._texts(index, self.records[index])
+
+    def _texts(self, index: int, record) -> tuple[str, ...]:
+        texts = tuple(text.decode("utf-8") for text in record["captions"]["text"])
+        if not texts:
+            raise ValueError(
+                f"found no caption in record {index} of {self.name}, expected one or more; choose another set"
+            )
+        return texts
 
 
-SOURCES = {"digits": Digits, "folder": ImageFiles, "npz": Npz, "synthetic": Synthetic, "tfds": Tfds}
+SOURCES = {
+    "captions": CaptionedFiles,
+    "digits": Digits,
+    "folder": ImageFiles,
+    "npz": Npz,
+    "prepared": Prepared,
+    "shapes": Shapes,
+    "synthetic": Synthetic,
+    "tfds": Tfds,
+}
 
 
 class Part:
@@ -203,6 +234,8 @@ class Part:
         self.source, self.indices, self.num_classes = source, indices, source.num_classes
         self.name = f"{source.name} ({part})"
         self.fingerprint = hashlib.sha256(f"{source.fingerprint} {part}".encode()).hexdigest()
+        if hasattr(source, "captions"):
+            self.captions = lambda index: source.captions(int(indices[index]))
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -10,7 +10,7 @@ RESAMPLING = Image.Resampling.BICUBIC
 
 
 def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "height width channels"]:
-    """The image of a PNG or JPEG file, turned upright as its EXIF orientation says; for `channels` see `with_channels`.
+    """The image of a PNG, JPEG or WebP file, turned upright as its EXIF orientation says; for `channels` see `with_channels`.
 
     Errors: PIL's, for bytes that are not a whole image.
     """

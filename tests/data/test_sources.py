@@ -208,10 +208,11 @@ def test_empty_folder_and_zip(tmp_path, config):
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
     with pytest.raises(
-        ValueError, match=r"found no PNG or JPEG among 1 files of .*empty, expected .*\.png, \.jpg, \.jpeg; set"
+        ValueError,
+        match=r"found no PNG, JPEG or WebP among 1 files of .*empty, expected .*\.png, \.jpg, \.jpeg, \.webp; set",
     ):
         make_source(config(source="folder", path=tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"found no PNG or JPEG among 0 files of .*empty\.zip"):
+    with pytest.raises(ValueError, match=r"found no PNG, JPEG or WebP among 0 files of .*empty\.zip"):
         make_source(config(source="folder", path=tmp_path / "empty.zip"))
 
 
@@ -270,7 +271,7 @@ def test_unknown_tfds_split(tfds_dir, config):
 
 def test_bad_settings(config):
     with pytest.raises(
-        ValueError, match=r"found source='digit', expected one of \['digits', .*'tfds'\] \(tfds as tfds:NAME\)"
+        ValueError, match=r"found source='digit', expected one of \['captions', .*'tfds'\] \(tfds as tfds:NAME\)"
     ):
         make_source(config(source="digit"))
     with pytest.raises(ValueError, match=r"found channels=2, expected 1 \(grey\) or 3 \(RGB\)"):
@@ -286,7 +287,7 @@ def test_bad_settings(config):
             ValueError, match="found no record for the part .* among 1797 of digits, expected .*; change"
         ):
             make_source(config(holdout_every=every), held_out=part)
-    assert sorted(SOURCES) == ["digits", "folder", "npz", "synthetic", "tfds"]
+    assert sorted(SOURCES) == ["captions", "digits", "folder", "npz", "prepared", "shapes", "synthetic", "tfds"]
 
 
 def test_digits_without_scikit_learn(config, monkeypatch):
