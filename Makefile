@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow parity lint format clean
+.PHONY: demo demo-text test test-slow parity lint format clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +13,10 @@ $(VENV)/.installed: setup.py
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m fid_imagegen.demo --workdir runs/demo
+
+# Text to image in three stages on procedural scenes.
+demo-text: $(VENV)/.installed
+	$(BIN)/python -m fid_imagegen.text_demo --workdir runs/demo-text
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest

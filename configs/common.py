@@ -16,6 +16,14 @@ OBJECTIVES = {
 }
 
 
+# Attention and MLP kernels [L, in, out] are cut along the layer's inner axis by `tensor`, along the other by `fsdp`.
+RULES = (
+    (r"(query|key|value|up)/kernel$", ("-", "fsdp", "tensor")),
+    (r"(out|down)/kernel$", ("-", "tensor", "fsdp")),
+    (r".*", "fsdp"),
+)
+
+
 def objective(name: str, **changes) -> ConfigDict:
     """The named objective with all its fields written out."""
     return ConfigDict({"name": name, **OBJECTIVES[name], **changes})
@@ -37,17 +45,17 @@ def optimizer(name: str, learning_rate: float, **changes) -> ConfigDict:
     return ConfigDict(fields | changes)
 
 
-def base() -> ConfigDict:
-    """Every key there is, with the values the CIFAR-10-sized generator starts from."""
+def training(task: str) -> ConfigDict:
+    """What every task's config holds: the run, its data, where it runs and what it reports."""
     config = ConfigDict()
     config.seed = 0
-    config.task = "consistency"
+    config.task = task
     config.num_steps = 400_000
     config.batch_size = 128  # global
     config.accumulate = 1  # micro-batches per step
 
     config.data = ConfigDict()
-    config.data.source = "folder"  # digits, folder, npz, synthetic, tfds:NAME
+    config.data.source = "folder"  # captions, digits, folder, npz, prepared, shapes, synthetic, tfds:NAME
     config.data.path = ""
     config.data.split = "train"  # tfds only
     config.data.image_size = 32
@@ -56,6 +64,24 @@ def base() -> ConfigDict:
     config.data.holdout_every = 0  # k: every k-th record is held out for evaluation
     config.data.skip_unreadable = False
 
+    config.ema_decays = (0.9999,)  # evaluation EMAs; samples use the last
+    # GROUP: the run or exported folder that the group comes from; ./ is in the work directory, ../ beside it.
+    config.init = ConfigDict()
+    config.optimizers = ConfigDict()  # one a trained group
+
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
+    # The first rule whose regex is found in a parameter's path decides; arrays below min_size elements are replicated.
+    config.sharding = ConfigDict({"min_size": 2**20})
+    config.sharding.rules = RULES
+    config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
+    config.log = ConfigDict({"every": 50, "sample_every": 5000, "num_samples": 16, "tensorboard": True})
+    config.profile = ConfigDict({"start": 0, "steps": 0})  # 0 steps: none
+    return config
+
+
+def base() -> ConfigDict:
+    """Every key of an image-function generator's config, with the values the CIFAR-10-sized one starts from."""
+    config = training("consistency")
     config.model = ConfigDict()
     config.model.preset = "tiny"  # tiny, S, B, L
     config.model.patch = 2
@@ -86,25 +112,12 @@ def base() -> ConfigDict:
     config.variational = True  # variational coordinates
     config.render_chunk = 4096  # coordinates rendered at once in training
 
-    config.optimizers = ConfigDict({"generator": optimizer("radam", 1e-4)})
-    config.ema_decays = (0.9999,)  # evaluation EMAs; samples use the last
-    config.init = ConfigDict({"generator": ""})  # a run or exported folder to start the group from
+    config.optimizers.generator = optimizer("radam", 1e-4)
+    config.init.generator = ""
 
     # Reconstruction pre-training of patch embedding and predictor, run first into WORKDIR/pretrain; 0 steps: none.
     config.pretrain = ConfigDict({"num_steps": 0, "batch_size": 128, "accumulate": 1, "checkpoint_every": 1000})
     config.pretrain.optimizers = ConfigDict({"generator": optimizer("adam", 1e-4)})
-
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that are left
-    # The first rule whose regex is found in a parameter's path decides; arrays below min_size elements are replicated.
-    config.sharding = ConfigDict({"min_size": 2**20})
-    config.sharding.rules = (
-        (r"(query|key|value|up)/kernel$", ("-", "fsdp", "tensor")),
-        (r"(out|down)/kernel$", ("-", "tensor", "fsdp")),
-        (r".*", "fsdp"),
-    )
-    config.checkpoint = ConfigDict({"every": 1000, "keep": 3})
-    config.log = ConfigDict({"every": 50, "sample_every": 5000, "num_samples": 16, "tensorboard": True})
-    config.profile = ConfigDict({"start": 0, "steps": 0})  # 0 steps: none
     return config
 
 

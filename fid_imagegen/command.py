@@ -1,5 +1,6 @@
 """How every entry point runs: quiet logs, and errors as one line that says what was found, expected and to be done."""
 
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -25,3 +26,12 @@ def run(main: Callable[[list[str]], None]) -> None:
             sys.exit(f"error: {error}")
 
     app.run(quiet)
+
+
+def load_config(text: str):
+    """The config of FILE[:ARG]."""
+    path, _, arg = text.partition(":")
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)

@@ -3,7 +3,6 @@
 What it leaves in the work directory is printed at the end. Interrupted, it saves; run again, it goes on.
 """
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -18,15 +17,6 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "where everything goes")
 CONFIG = flags.DEFINE_string("config", "configs/digits_cm_func.py", "a config of digits, with an optional :argument")
 SIZES = ((8, 8), (32, 32), (128, 128), (96, 160))
 JUDGED = 1000
-
-
-def load_config(text: str):
-    """The config of FILE[:ARG]."""
-    path, _, arg = text.partition(":")
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
 
 
 def draw(pipe, workdir: Path) -> dict[str, Path]:
@@ -88,7 +78,7 @@ def main(argv):
 
     began, workdir = time.monotonic(), Path(WORKDIR.value)
     print(f"training on {jax.devices()} into {workdir}; Ctrl-C saves, `make demo` goes on")
-    if not run(load_config(CONFIG.value), str(workdir)):
+    if not run(command.load_config(CONFIG.value), str(workdir)):
         print(f"stopped and saved in {workdir}; run the same command to go on")
         return
     pipe = ImageFunctionPipeline.from_pretrained(workdir)

@@ -91,6 +91,11 @@ def toy(monkeypatch, devices, tiny):
         def __init__(self, config):
             self.config = config
 
+        num_classes = 0
+
+        def tokenizer(self, source, path):
+            return None
+
         def frozen(self):
             return make.frozen
 
@@ -103,8 +108,8 @@ def toy(monkeypatch, devices, tiny):
             value = make.loss(groups["generator"], x + noise, step)
             return value, ({"seen": model_state["seen"] + jnp.mean(x)}, {"mean": jnp.mean(x)})
 
-        def preview(self, params, examples):
-            return {"samples": jnp.tanh(examples / 255 + jnp.mean(params["generator"]["kernel"]))}
+        def preview(self, groups, batch):
+            return {"samples": jnp.tanh(batch["image"] / 255 + jnp.mean(groups["generator"]["kernel"]))}
 
     def make(**changes):
         # The rules of the real models name layers that a toy lacks.

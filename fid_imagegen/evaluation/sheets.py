@@ -1,5 +1,6 @@
 """Pictures for people: contact sheets and training curves."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,26 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], *, cell: int = 128) ->
             picture = picture.resize((cell, height), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
             sheet.paste(picture, (LABEL + MARGIN + number * (cell + MARGIN), top))
         top += height + MARGIN
+    return sheet
+
+
+def captioned_sheet(
+    captions: Sequence[str], images: Sequence[np.ndarray], *, columns: int = 4, cell: int = 256
+) -> Image.Image:
+    """Pictures, uint8 [height, width, 3] each, drawn `cell` wide with their captions below, in rows of `columns`."""
+    height = max(round(cell * image.shape[0] / image.shape[1]) for image in images)
+    font = ImageFont.load_default(size=14)
+    texts = ["\n".join(textwrap.wrap(caption, cell // 8)[:2]) for caption in captions]
+    row = height + 40 + MARGIN
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (cell + MARGIN) + MARGIN, rows * row + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (text, image) in enumerate(zip(texts, images, strict=True)):
+        left, top = MARGIN + number % columns * (cell + MARGIN), MARGIN + number // columns * row
+        picture = Image.fromarray(image)
+        way = Image.Resampling.NEAREST if picture.width <= cell else Image.Resampling.LANCZOS
+        sheet.paste(picture.resize((cell, round(cell * image.shape[0] / image.shape[1])), way), (left, top))
+        draw.text((left, top + height + 2), text, fill="black", font=font)
     return sheet
 
 

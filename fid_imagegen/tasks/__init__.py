@@ -2,8 +2,17 @@
 
 from fid_imagegen.tasks.consistency import ConsistencyTask
 from fid_imagegen.tasks.reconstruction import ReconstructionTask
+from fid_imagegen.tasks.stage_a import StageATask
+from fid_imagegen.tasks.stage_b import StageBTask
+from fid_imagegen.tasks.stage_c import StageCTask
 
-TASKS = {"consistency": ConsistencyTask, "reconstruction": ReconstructionTask}
+TASKS = {
+    "consistency": ConsistencyTask,
+    "reconstruction": ReconstructionTask,
+    "stage_a": StageATask,
+    "stage_b": StageBTask,
+    "stage_c": StageCTask,
+}
 
 
 def build(config):

@@ -50,6 +50,14 @@ class ConsistencyTask:
         decay = self.objective.target_decay
         return {} if decay is None else {"target": ("generator", decay)}
 
+    @property
+    def num_classes(self) -> int:
+        """Classes the data must have; 0 if labels are not used."""
+        return self.config.model.num_classes
+
+    def tokenizer(self, source, path) -> None:
+        """No text."""
+
     def frozen(self) -> dict:
         """Frozen groups, read from their files; an error names a file that is missing."""
         if self.config.distance != "lpips":
@@ -100,9 +108,9 @@ class ConsistencyTask:
         skip, out = c_skip(sigma_B, self.noise), self.form.c_out(sigma_B, self.noise)
         return functions.replace(native=NativeTerm(noisy=x, skip=skip, out=out))
 
-    def preview(self, params, examples) -> dict[str, Array]:
-        """Samples on the native grid, as many as there are examples: {"samples": [count, height, width, channels]}."""
-        functions = self.sample(params, jax.random.key(0), jnp.arange(examples.shape[0]))
+    def preview(self, groups, batch) -> dict[str, Array]:
+        """Samples on the native grid, as many as the batch has: {"samples": [count, height, width, channels]}."""
+        functions = self.sample(groups, jax.random.key(0), jnp.arange(batch["image"].shape[0]))
         return {"samples": render_native(functions, key=None, chunk=self.config.render_chunk)}
 
     def _net(self, params, *, training: bool):

@@ -28,6 +28,14 @@ class ReconstructionTask:
         self.noise = NoiseRange(**config.noise)
         self.clean_scale = preconditioning(config.preconditioning).clean_scale(self.noise)
 
+    @property
+    def num_classes(self) -> int:
+        """Classes the data must have; 0 if labels are not used."""
+        return self.config.model.num_classes
+
+    def tokenizer(self, source, path) -> None:
+        """No text."""
+
     def frozen(self) -> dict:
         """No frozen groups."""
         return {}
@@ -55,10 +63,10 @@ class ReconstructionTask:
             native=NativeTerm(noisy=x0, skip=jnp.zeros((batch,)), out=jnp.full((batch,), self.clean_scale))
         )
 
-    def preview(self, params, examples) -> dict[str, Array]:
-        """Each example beside its function on the native grid: {"reconstructions": [2 count, height, width, channels]}."""
-        x0 = to_float(examples)
-        values = render_native(self.reconstruct(params, x0), key=None, chunk=self.config.render_chunk)
+    def preview(self, groups, batch) -> dict[str, Array]:
+        """Each image beside its function on the native grid: {"reconstructions": [2 count, height, width, channels]}."""
+        x0 = to_float(batch["image"])
+        values = render_native(self.reconstruct(groups, x0), key=None, chunk=self.config.render_chunk)
         return {"reconstructions": rearrange([x0, values], "pair b h w c -> (b pair) h w c")}
 
     def sample(self, params, key, index_B, *, steps: int = 1, label_B=None) -> ImageFunctions:

@@ -116,7 +116,7 @@ def _anywhere(condition: bool) -> bool:
 
 
 def load_groups(workdir: epath.PathLike) -> tuple[int, dict[str, Any]]:
-    """(step, {"params", "ema"}) of the newest readable checkpoint as numpy arrays, without knowing the model.
+    """(step, {"params", "ema", "model_state"}) of the newest readable checkpoint as numpy arrays, without knowing the model.
 
     Raises FileNotFoundError where there is none.
     """
@@ -125,7 +125,7 @@ def load_groups(workdir: epath.PathLike) -> tuple[int, dict[str, Any]]:
     for step in steps:
         try:
             tree = _read_numpy(directory / str(step))
-            return step, {"params": tree["params"], "ema": tree["ema"]}
+            return step, {name: tree.get(name) or {} for name in ("params", "ema", "model_state")}
         except Exception as error:  # noqa: BLE001  whatever a damaged file makes the readers raise
             logging.error(
                 "checkpoint %d in %s cannot be read (%s); trying the one before", step, directory, _brief(error)

@@ -45,19 +45,22 @@ class Run:
         self.task = tasks.build(config)
         self.optimizers = optimizer.build_all(config, self.task.trained)
         self.source = sources.make_source(config.data)
+        self.tokenizer = self.task.tokenizer(self.source, self.workdir / "tokenizer.json")
         self._check_labels()
         self.key = jax.random.key(config.seed)
         with jax.set_mesh(self.mesh):
             self._lay_out()
 
     def write_config(self) -> None:
-        """Puts `config.json` and the frozen groups into the work directory: the first things written there."""
+        """Puts `config.json`, the tokenizer and the frozen groups into the work directory: the first things written there."""
         runs.write_config(self.workdir, self.config)
+        if self.tokenizer and jax.process_index() == 0:
+            self.tokenizer.save(self.workdir / "tokenizer.json")
         for name, digest in self.frozen_hashes.items():
             _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", self.frozen[name])
 
     def _check_labels(self):
-        classes = self.config.model.num_classes
+        classes = self.task.num_classes
         if classes and self.source.num_classes != classes:
             raise ValueError(
                 f"found {self.source.num_classes} classes in {self.source.name}, expected {classes}; "
@@ -65,7 +68,9 @@ class Run:
             )
 
     def _lay_out(self):
-        self.frozen = jax.device_put(self.task.frozen(), meshes.replicated(self.mesh))
+        init, frozen = dict(self.config.init), self.task.frozen()
+        warm_start.check_names(init, frozen | dict.fromkeys(self.task.trained))
+        self.frozen = jax.device_put(_whole(warm_start.fill(frozen, init, self.workdir)), meshes.replicated(self.mesh))
         self.frozen_hashes = {name: _hash(tree) for name, tree in self.frozen.items()}
         decays = self.config.ema_decays
         self.abstract = jax.eval_shape(lambda key: state.create(self.task, self.optimizers, decays, key), self.key)
@@ -124,15 +129,33 @@ class Run:
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            tokenize=self._tokenize if self.tokenizer else None,
         )
         for batch in rows:
-            yield pipeline.to_global({name: batch[name] for name in ("image", "label")}, self.batch_sharding)
+            arrays = {name: rows for name, rows in batch.items() if name not in ("index", "caption")}
+            yield pipeline.to_global(arrays, self.batch_sharding)
+
+    def _tokenize(self, captions: list[str]) -> dict[str, np.ndarray]:
+        return dict(zip(("tokens", "mask"), self.tokenizer(captions), strict=True))
+
+    def examples(self) -> dict[str, jax.Array]:
+        """A small batch for previews: held out where there is anything held out."""
+        data = self.config.data
+        source = sources.make_source(data, held_out=True) if data.holdout_every else self.source
+        indices = range(min(self.config.log.num_samples, len(source)))
+        batch = {
+            "image": pipeline.examples(source, data, indices),
+            "label": np.stack([source[i]["label"] for i in indices]),
+        }
+        if self.tokenizer:
+            batch |= self._tokenize([source.captions(index)[0] for index in indices])
+        return jax.tree.map(jnp.asarray, batch)
 
 
 def train(config, workdir: epath.PathLike, *, evaluators: tuple[Evaluator, ...] = ()) -> bool:
     """Trains to `config.num_steps`, resuming what `workdir` holds. False if asked to stop on the way (it has saved).
 
-    evaluators: called with (task, evaluation parameters) every `config.log.sample_every` steps; their scalars are logged.
+    evaluators: called with (task, evaluation groups) every `config.log.sample_every` steps; their scalars are logged.
     Raises NonFiniteLossError at the first step whose loss, gradient or new parameters are not finite.
     """
     run = Run(config, workdir)
@@ -148,7 +171,7 @@ def train(config, workdir: epath.PathLike, *, evaluators: tuple[Evaluator, ...] 
         meter = Meter(config, writer, start)
         # Replicated: a sheet is read by a process that need not hold all of it otherwise.
         preview = jax.jit(run.task.preview, out_shardings=meshes.replicated(run.mesh))
-        examples = _preview_examples(run)
+        examples = run.examples()
         batches = run.batches(start)
         profile = Profile(config.profile, run.workdir / "profile")
         stopped = False
@@ -158,9 +181,10 @@ def train(config, workdir: epath.PathLike, *, evaluators: tuple[Evaluator, ...] 
                 last = step == config.num_steps or stopped
                 if step > start and (step % config.log.sample_every == 0 or step == config.num_steps):
                     params = current.ema[ema.name(config.ema_decays[-1])] if config.ema_decays else current.params
-                    writer.write_images(step, _sheets(preview(params, examples)))
+                    groups = params | current.model_state | run.frozen
+                    writer.write_images(step, _sheets(preview(groups, examples)))
                     for evaluate in evaluators:
-                        meter.extra |= evaluate(run.task, params)
+                        meter.extra |= evaluate(run.task, groups)
                 if step > start and (step % config.checkpoint.every == 0 or last):
                     meter.settle(step)
                     writer.flush()
@@ -257,11 +281,15 @@ class Profile:
             jax.profiler.stop_trace()
 
 
-def _preview_examples(run: Run):
-    """A few images for the preview: held out where there are any."""
-    source = sources.make_source(run.config.data, held_out=True) if run.config.data.holdout_every else run.source
-    count = min(run.config.log.num_samples, len(source))
-    return jnp.asarray(pipeline.examples(source, run.config.data, range(count)))
+def _whole(frozen: dict) -> dict:
+    """Frozen groups as they are, if every one has its weights."""
+    for name, tree in frozen.items():
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            raise ValueError(
+                f"found no weights for the frozen group {name!r}, expected a run or exported folder that holds it; "
+                f"set config.init.{name.removesuffix(warm_start.STATISTICS)}"
+            )
+    return frozen
 
 
 def _brief(metrics) -> str:

@@ -1,4 +1,8 @@
-"""The phases of a config: reconstruction pre-training into WORKDIR/pretrain where it asks for it, then its task."""
+"""The phases of a config, one after the other.
+
+A generator of image functions pre-trains by reconstruction into WORKDIR/pretrain where its config asks for it. A config with
+`stages` holds one whole config under each of their names, each trained into WORKDIR/STAGE and free to start from those before.
+"""
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -13,7 +17,9 @@ MAX_HELD_OUT = 512
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> bool:
     """Runs all phases of a config, resuming what is there; False if asked to stop before the end."""
-    if not config.pretrain.num_steps:
+    if "stages" in config:
+        return all(run(config[stage], epath.Path(workdir) / stage) for stage in config.stages)
+    if "pretrain" not in config or not config.pretrain.num_steps:
         return train(config, workdir)
     if config.init.generator:
         raise ValueError(

@@ -62,10 +62,14 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
 
 
 def read_params(folder: epath.PathLike) -> tuple[ConfigDict, dict[str, Any]]:
-    """(config, trained groups) of a work directory (its last evaluation EMA) or exported folder (`model.safetensors`)."""
+    """(config, groups) of a work directory or exported folder (`model.safetensors`).
+
+    Groups are the trained ones (of a work directory the last evaluation EMA) and the statistics beside them.
+    """
     config = read_config(folder)
     exported = epath.Path(folder) / "model.safetensors"
     if exported.exists():
         return config, load_tree(exported)[0]
     _, groups = load_groups(folder)
-    return config, groups["ema"][ema.name(config.ema_decays[-1])] if config.ema_decays else groups["params"]
+    trained = groups["ema"][ema.name(config.ema_decays[-1])] if config.ema_decays else groups["params"]
+    return config, trained | groups["model_state"]

@@ -9,27 +9,44 @@ from etils import epath
 from fid_imagegen.parallel.sharding import path_name
 from fid_imagegen.training.runs import read_params
 
-PRETRAIN = "pretrain"
+PRETRAIN = "./pretrain"
+STATISTICS = "_stats"
 
 
-def fill(params: dict[str, Any], init: dict[str, str], workdir: epath.Path) -> dict[str, Any]:
-    """`params` with the named groups read from work directories or exported folders.
+def fill(groups: dict[str, Any], init: dict[str, str], workdir: epath.Path) -> dict[str, Any]:
+    """`groups` with those that `init` names read from work directories or exported folders.
 
-    The folder "pretrain" is the run's own, WORKDIR/pretrain, so that a work directory may be moved and still be resumed.
+    A folder that begins with "./" or "../" lies in or beside the work directory, so that all of them may be moved together.
+    Statistics (NAME_stats) come with the group NAME. Leaves may be abstract.
 
     Raises ValueError listing every missing, extra and misshapen tensor at once.
     """
+    filled = {}
+    for name, tree in groups.items():
+        folder = init.get(name.removesuffix(STATISTICS), "")
+        filled[name] = _matched(tree, _read(folder, name, workdir), folder) if folder else tree
+    return filled
+
+
+def check_names(init: dict[str, str], groups: dict[str, Any]) -> None:
+    """ValueError for a group in `config.init` that the task has not."""
     for group, folder in init.items():
-        if not folder:
-            continue
-        if group not in params:
-            raise ValueError(f"found config.init.{group}, expected one of the groups {sorted(params)}")
-        folder = workdir / PRETRAIN if folder == PRETRAIN else folder
-        _, groups = read_params(folder)
-        if group not in groups:
-            raise ValueError(f"found groups {sorted(groups)} in {folder}, expected {group}; change config.init.{group}")
-        params = params | {group: _matched(params[group], groups[group], folder)}
-    return params
+        if folder and group not in groups:
+            raise ValueError(f"found config.init.{group}, expected one of the groups {sorted(groups)}")
+
+
+def inside(folder: str, workdir: epath.Path) -> epath.Path:
+    """The folder as a path; "./" and "../" are resolved here because object stores know no parents."""
+    if folder.startswith("../"):
+        return workdir.parent / folder.removeprefix("../")
+    return workdir / folder.removeprefix("./") if folder.startswith("./") else epath.Path(folder)
+
+
+def _read(folder: str, name: str, workdir: epath.Path) -> Any:
+    _, groups = read_params(inside(folder, workdir))
+    if name not in groups:
+        raise ValueError(f"found groups {sorted(groups)} in {folder}, expected {name}; change config.init")
+    return groups[name]
 
 
 def _matched(ours: Any, theirs: Any, folder: str) -> Any:

@@ -129,7 +129,7 @@ def test_labels_for_a_generator_without_classes(tiny_task, random_params):
 
 
 def test_previews_are_samples_on_the_native_grid(task, params):
-    shape = jax.eval_shape(task.preview, params, jnp.zeros((5, 8, 8, 1), jnp.uint8))["samples"].shape
+    shape = jax.eval_shape(task.preview, params, {"image": jnp.zeros((5, 8, 8, 1), jnp.uint8)})["samples"].shape
     assert shape == (5, 8, 8, 1)
 
 

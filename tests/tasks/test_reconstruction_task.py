@@ -37,7 +37,7 @@ def test_the_function_stands_for_the_image_over_the_clean_scale(tiny_task, rando
     @jax.jit  # one program for all three
     def run(params):
         loss = task.loss(params, {}, batch, jax.random.key(0), jnp.asarray(0))
-        return task.reconstruct(params, x0), loss, task.preview(params, batch["image"])
+        return task.reconstruct(params, x0), loss, task.preview(params, batch)
 
     functions, (loss, (_, metrics)), previews = run(params)
     values = render(functions, 8, 8)

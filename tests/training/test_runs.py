@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from fid_imagegen.interop.safetensors_io import save_tree
 from fid_imagegen.training import runs, warm_start
@@ -93,7 +94,23 @@ def test_all_that_does_not_fit_is_listed_at_once(tiny, tmp_path):
 )
 def test_groups_and_folders_that_do_not_exist_are_named(init, message, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
+        warm_start.check_names(init, OURS)
         warm_start.fill(OURS, init, tmp_path)
+
+
+@pytest.mark.parametrize("root", ["/somewhere", "gs://bucket"])
+def test_folders_beside_a_work_directory_move_with_it(root):
+    workdir = epath.Path(root) / "run" / "stage_b"
+    assert str(warm_start.inside("../stage_a", workdir)) == f"{root}/run/stage_a"
+    assert str(warm_start.inside("./pretrain", workdir)) == f"{root}/run/stage_b/pretrain"
+    assert str(warm_start.inside("elsewhere/run", workdir)) == "elsewhere/run"
+
+
+def test_a_frozen_group_without_weights_is_named(toy, tmp_path):
+    toy.frozen = {"teacher": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}}
+    with pytest.raises(ValueError, match=r"found no weights for the frozen group 'teacher'.*set config\.init\.teacher"):
+        Run(toy(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_the_group_is_refused(tiny, tmp_path):

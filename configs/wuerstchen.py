@@ -1,0 +1,162 @@
+"""Würstchen's three stages, at the size of the public weights and with the paper's recipes; and what every such config holds.
+
+    python -m fid_imagegen.train --config configs/wuerstchen.py --workdir runs/wuerstchen --config.stage_c.data.path=...
+
+A config holds a whole config for each stage; `stages` says which are trained, in order. Published: 24,602 A100-hours for Stage C,
+11,000 for Stage B. Not yet reproduced.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+STAGES = ("stage_a", "stage_b", "stage_c")
+VQGAN = {
+    "levels": (192, 384),
+    "bottleneck_blocks": 12,
+    "latent_channels": 4,
+    "codebook_size": 8192,
+    "patch": 2,
+    "remat": False,
+    "unroll": False,
+    "dtype": "float32",
+}
+# Stage B's compressor sees half-size images in the first phase: 384 of 512 pixels.
+COMPRESSOR = {"name": "efficientnet_v2_s", "size": 384, "stride": 32, "widths": (), "channels": 16, "dtype": "float32"}
+TEXT = {
+    "encoder": "bigG",  # none, small, H, bigG
+    "tokenizer": "",  # CLIP's: a tokenizer.json or a folder with its files
+    "weights": "",  # CLIP's: a safetensors file or a folder with one
+    "vocabulary": 1024,  # the rest: small
+    "length": 77,
+    "width": 128,
+    "layers": 4,
+    "heads": 4,
+    "dtype": "float32",
+}
+# Attention's kernels have no layer axis in Stage B's single blocks: every kernel is cut along its longest axis.
+RULES = ((r".*", "fsdp"),)
+
+
+def stage_a() -> ConfigDict:
+    """Stage A: 500,000 steps of 256 crops of 128 px; adversarial from step 10,000 on."""
+    config = common.training("stage_a")
+    config.data.image_size = 128
+    config.model = ConfigDict(VQGAN)
+    config.discriminator = ConfigDict({"widths": (64, 128, 256, 512, 512, 512)})
+    config.objective = ConfigDict({"mse": 1.0, "perceptual": "lpips", "perceptual_weight": 0.1})
+    config.objective.update({"adversarial": 0.01, "adversarial_start": 10_000})
+    config.objective.update({"commitment": 0.25, "quantiser_drop": 0.1})
+    config.lpips = ConfigDict({"vgg16": "vgg16-397923af.pth", "heads": "lpips_v0.1_linear_heads.npz"})
+    config.num_steps, config.batch_size = 500_000, 256
+    for group in ("vqgan", "discriminator"):
+        config.optimizers[group] = common.optimizer("adamw", 1e-4, weight_decay=0.01)
+        config.init[group] = ""
+    config.sharding.rules = RULES
+    return config
+
+
+def stage_b() -> ConfigDict:
+    """Stage B with its compressor: 457,000 steps of 512 images of 512 px (then 300,000 of 128 at 1024 px)."""
+    config = common.training("stage_b")
+    config.data.image_size = 512
+    config.model = ConfigDict(
+        {"c_in": 4, "c_r": 64, "patch_size": 2, "c_cond": 1024, "c_hidden": (320, 640, 1280, 1280)}
+    )
+    config.model.update(
+        {"nhead": (-1, 10, 20, 20), "blocks": (4, 4, 14, 4), "level_config": ("CT", "CTA", "CTA", "CTA")}
+    )
+    config.model.update({"inject_effnet": (False, True, True, True), "effnet_embd": 16, "clip_embd": 1024})
+    config.model.update({"kernel_size": 3, "dropout": 0.1, "remat": True, "unroll": False, "dtype": "bfloat16"})
+    config.vqgan = ConfigDict(VQGAN)
+    config.latent_scale = 0.3764  # Stage A's latents are divided by it
+    config.compressor = ConfigDict(COMPRESSOR)
+    config.text = ConfigDict(TEXT | {"encoder": "H"})
+    config.form = "eps_ab_sigmoid"
+    config.disturbance = ConfigDict({"zeroed": 0.05, "noised": 0.3, "noised_until": 0.5, "text_dropped": 0.05})
+    config.sampling = ConfigDict({"steps": 12, "guidance": 4.0})
+    config.num_steps, config.batch_size = 457_000, 512
+    config.ema_decays = (0.999,)
+    for group in ("stage_b", "compressor"):
+        config.optimizers[group] = common.optimizer("adamw", 1e-4, warmup_steps=10_000, b2=0.95, weight_decay=0.01)
+        config.init[group] = ""
+    config.init.vqgan = "../stage_a"
+    config.sharding.rules = RULES
+    return config
+
+
+def stage_c() -> ConfigDict:
+    """Stage C: 500,000 steps of 1,536 images of 384 px (then 364,000 at 768 px, 4,000 of mixed shapes, 50,000 of artworks)."""
+    config = common.training("stage_c")
+    config.data.image_size = 384
+    config.model = ConfigDict({"network": "convnext", "c_in": 16, "c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32})
+    config.model.update({"nhead": 24, "dropout": 0.1, "remat": True, "unroll": False, "dtype": "bfloat16"})
+    config.compressor = ConfigDict(COMPRESSOR)
+    config.latent_scale = "statistics"  # or published: (z + 1) / 42
+    config.text = ConfigDict(TEXT)
+    config.text_dropped = 0.05
+    config.form = "v"
+    config.sampling = ConfigDict({"steps": 60, "guidance": 4.0})
+    config.num_steps, config.batch_size = 500_000, 1536
+    config.ema_decays = (0.999,)
+    config.optimizers.stage_c = common.optimizer("adamw", 1e-4, warmup_steps=10_000, weight_decay=0.01, grad_clip=1.0)
+    config.init.stage_c = ""
+    config.init.compressor = "../stage_b"
+    config.sharding.rules = RULES
+    return config
+
+
+def base() -> ConfigDict:
+    """The three stages."""
+    return ConfigDict({"stages": STAGES, "stage_a": stage_a(), "stage_b": stage_b(), "stage_c": stage_c()})
+
+
+def paper(config: ConfigDict) -> None:
+    """Stage C as published: eps with the (a, b) head and p2 weight, latents scaled by (z + 1) / 42."""
+    config.stage_c.form, config.stage_c.latent_scale = "eps_ab", "published"
+    config.stage_c.sampling.guidance = 8.0
+
+
+def small_text(stage: ConfigDict, *, length: int, width: int) -> None:
+    """A text encoder trained with the stage, on the set's own captions."""
+    stage.text.update({"encoder": "small", "length": length, "width": width})
+    stage.optimizers.text = stage.optimizers[stage.task].copy_and_resolve_references()
+    stage.init.text = ""
+
+
+def runlocal(config: ConfigDict) -> None:
+    """A minute on procedural scenes: it shows that the three stages run, nothing more."""
+    for stage in STAGES:
+        config[stage].update({"num_steps": 8, "batch_size": 8, "accumulate": 1})
+        config[stage].data.update({"source": "shapes", "image_size": 64})
+        config[stage].checkpoint.every = config[stage].log.sample_every = 4
+        config[stage].log.update({"every": 2, "num_samples": 4})
+    vqgan = {"levels": (16, 32), "bottleneck_blocks": 1, "codebook_size": 64}
+    compressor = {"name": "conv", "size": 64, "stride": 16, "widths": (8, 16, 32, 32)}
+    config.stage_a.model.update(vqgan)
+    config.stage_a.discriminator.widths = (8, 16, 32)
+    config.stage_a.objective.perceptual = "laplacian"
+    config.stage_b.vqgan.update(vqgan)
+    config.stage_b.compressor.update(compressor)
+    config.stage_c.compressor.update(compressor)
+    config.stage_b.model.update(
+        {"c_hidden": (16, 32), "nhead": (-1, 2), "blocks": (1, 2), "level_config": ("CT", "CTA")}
+    )
+    config.stage_b.model.update({"inject_effnet": (False, True), "c_cond": 32, "dtype": "float32"})
+    config.stage_b.text.encoder = "none"
+    config.stage_c.model.update({"c": 32, "c_cond": 32, "depth": 2, "nhead": 2, "dtype": "float32"})
+    config.stage_c.sampling.steps = 4
+    small_text(config.stage_c, length=16, width=32)
+
+
+def get_config(arg: str = ""):
+    """Large text-image sets: `v` for Stage C, latents scaled by their statistics. `paper`: as published."""
+    return common.finish(base(), arg, {"paper": paper, "runlocal": runlocal})
+
+
+def get_sweep():
+    """Named sweeps: lists of overrides."""
+    return {
+        "form": [{"stage_c.form": name} for name in ("eps_ab", "v", "flow", "edm")],
+        "seed": [{"stage_c.seed": seed} for seed in (0, 1, 2)],
+    }

@@ -1,0 +1,104 @@
+"""What Stages B and C share: a denoiser of latents with a prediction form, its loss, and its one sampling path."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fid_imagegen.diffusion import cosine, guidance, targets
+from fid_imagegen.diffusion.noise import example_keys, example_normal
+
+Images = Float[Array, "batch height width channels"]
+Shape = tuple[int, int, int]
+
+
+class LatentDenoiser:
+    """A Linen model with `condition`, `__call__(x, t_B, cond)` and `end_to_end`, trained and sampled by `form`."""
+
+    def __init__(self, model: Any, form: str):
+        self.model, self.form = model, targets.form(form)
+
+    def loss(
+        self, params: Any, x0: Images, conditions: tuple, *, keys_B: Key[Array, "batch"], key: Key[Array, ""]
+    ) -> Float[Array, "batch"]:
+        """The form's loss of every example, at a level and noise from its own key; `key` is for dropout."""
+        level_B, noise_B = split(keys_B, 2)
+        t_B, eps = self.form.times(level_B), example_normal(noise_B, x0.shape[1:])
+        x = self.form.scale_input(self.form.add_noise(x0, eps, t_B), t_B)
+        method = self.model.end_to_end
+        output = self.model.apply({"params": params}, x, t_B, *conditions, False, rngs={"dropout": key}, method=method)
+        return self.form.loss(output, x0, eps, t_B)
+
+    def condition(self, params: Any, *conditions) -> Any:
+        """All that does not depend on the noise level: computed once an image."""
+        return self.model.apply({"params": params}, *conditions, method=self.model.condition)
+
+    def start(self, key: Key[Array, ""], index_B: Int[Array, "batch"], shape: Shape) -> Images:
+        """The noise that sampling starts from; image i depends on (key, i), not on the batch around it."""
+        return self.form.initial_deviation * self.noise(key, index_B, shape)(0)
+
+    def noise(self, key: Key[Array, ""], index_B: Int[Array, "batch"], shape: Shape) -> cosine.Noise:
+        """The noise of step i."""
+        return cosine.keyed_noise(example_keys(key, index_B), shape)
+
+    def advance(
+        self, params: Any, cond: Any, x: Images, t: Array, t_next: Array, noise: Images, scale: Array | None
+    ) -> Images:
+        """One step of sampling. With a guidance `scale`, `cond` is of 2 x batch: first those to follow, then those without."""
+
+        def predict(x, t_B):
+            output = self.model.apply({"params": params}, self.form.scale_input(x, t_B), t_B, cond)
+            return self.form.predict(output, x, t_B)
+
+        if scale is not None:
+            predict = guidance.guided(predict, scale)
+        return cosine.sample_step(predict, self.form.step, x, t, t_next, noise)
+
+    def sample(
+        self,
+        params: Any,
+        cond: Any,
+        key: Key[Array, ""],
+        index_B: Int[Array, "batch"],
+        shape: Shape,
+        *,
+        times: np.ndarray,
+        scale: float | None,
+    ) -> Images:
+        """Latents, as one scan of `advance`: what previews use. Pipelines call `advance` to report progress."""
+        noise, times = self.noise(key, index_B, shape), jnp.asarray(times, jnp.float32)
+
+        def body(x, i):
+            return self.advance(params, cond, x, times[i - 1], times[i], noise(i), scale), None
+
+        return jax.lax.scan(body, self.start(key, index_B, shape), jnp.arange(1, len(times)))[0]
+
+
+def split(keys_B: Key[Array, "batch"], count: int) -> Key[Array, "count batch"]:
+    """`count` keys for every example."""
+    return jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, count))(keys_B), 0, 1)
+
+
+def chance(keys_B: Key[Array, "batch"], probability: float) -> Bool[Array, "batch"]:
+    """True with `probability`, for each example by its own key."""
+    return jax.vmap(jax.random.uniform)(keys_B) < probability
+
+
+def unit(images: Array) -> Float[Array, "batch height width channels"]:
+    """uint8 0..255 -> float32 [0, 1]: what Stage A and the compressors read."""
+    return images.astype(jnp.float32) / 255
+
+
+def resized(images: Images, size: int) -> Images:
+    """Square images at `size`, antialiased bilinear as the authors' preprocessing; the same object at their own size."""
+    if images.shape[1] == size:
+        return images
+    return jax.image.resize(images, (images.shape[0], size, size, images.shape[3]), "bilinear", antialias=True)
+
+
+def variables(groups: Mapping, name: str) -> dict:
+    """The Linen variables of a group: its parameters, and the BatchNorm statistics that came with it."""
+    return {"params": groups[name]} | groups.get(f"{name}_stats", {})

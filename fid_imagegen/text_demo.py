@@ -1,0 +1,77 @@
+"""make demo-text: train the three stages on scenes of coloured shapes, show pictures of prompts, and check them by program.
+
+The prompts are of combinations that training never showed. Interrupted, it saves; run again, it goes on.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from fid_imagegen import command
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/demo-text", "where everything goes")
+CONFIG = flags.DEFINE_string(
+    "config", "configs/shapes_wuerstchen.py", "a config of source shapes, with an optional :argument"
+)
+JUDGED = 200
+SHOWN = 24
+
+
+def draw(pipe, scenes, images, workdir: Path) -> dict[str, Path]:
+    """Sheet of prompts, pictures and true renders; training curves: name -> file."""
+    from fid_imagegen.data.shapes import render
+    from fid_imagegen.evaluation.sheets import captioned_sheet, training_curves
+    from fid_imagegen.training.writers import read_metrics
+
+    files = {name: workdir / f"{name}.png" for name in ("prompts", "training_curves")}
+    truth = [render(scene, images.shape[1]) for scene in scenes[:SHOWN]]
+    pairs = [np.concatenate(pair, axis=1) for pair in zip(images[:SHOWN], truth, strict=True)]
+    captioned_sheet([scene.caption for scene in scenes[:SHOWN]], pairs).save(files["prompts"])
+    stages = ("stage_a", "stage_b", "stage_c")
+    training_curves([(stage, read_metrics(workdir / stage)) for stage in stages], files["training_curves"])
+    return files
+
+
+def measure(scenes, images) -> dict:
+    """The pictures' alignment with their prompts, beside that of true renders and of pictures of other prompts."""
+    from fid_imagegen.data.shapes import render
+    from fid_imagegen.evaluation.shapes import score
+
+    truth = np.stack([render(scene, images.shape[1]) for scene in scenes])
+    return {
+        "prompts": len(scenes),
+        "alignment": score(images, scenes),
+        "true_renders": score(truth, scenes),
+        "shuffled_prompts": score(np.roll(images, 7, axis=0), scenes),
+    }
+
+
+def main(argv):
+    del argv
+    from fid_imagegen.data.shapes import held_out_prompts
+    from fid_imagegen.evaluation.latents import latent_report
+    from fid_imagegen.pipelines import WuerstchenPipeline
+    from fid_imagegen.training.phases import run
+
+    began, workdir = time.monotonic(), Path(WORKDIR.value)
+    print(f"training on {jax.devices()} into {workdir}; Ctrl-C saves, `make demo-text` goes on")
+    if not run(command.load_config(CONFIG.value), str(workdir)):
+        print(f"stopped and saved in {workdir}; run the same command to go on")
+        return
+    pipe, scenes = WuerstchenPipeline.from_pretrained(workdir), held_out_prompts(JUDGED)
+    images = pipe([scene.caption for scene in scenes])
+    report = measure(scenes, images) | {"sampling_seconds": dict(pipe.seconds)}
+    report |= {"latents": latent_report(pipe.stage_b), "seconds": time.monotonic() - began}
+    files = draw(pipe, scenes, images, workdir)
+    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+    for name, path in files.items():
+        print(f"{name.replace('_', ' '):>17}: {path}")
+
+
+if __name__ == "__main__":
+    command.run(main)
