@@ -9,7 +9,7 @@ from configs import common, wuerstchen
 
 SIZE = 64
 VQGAN = {"levels": (32, 64), "bottleneck_blocks": 3, "codebook_size": 512, "unroll": True}
-COMPRESSOR = {"name": "conv", "size": SIZE, "stride": 16, "widths": (32, 64, 96, 128)}
+COMPRESSOR = {"name": "conv", "size": SIZE, "stride": 16, "widths": (16, 32, 64, 96)}
 
 
 def get_config(arg: str = ""):
@@ -39,8 +39,8 @@ def tokenizer(config):
     """Stage A: no LPIPS weights are at hand, and flat shapes need no adversary."""
     config.model.update(VQGAN)
     config.discriminator.widths = (16, 32, 64)
-    config.objective.update({"perceptual": "laplacian", "adversarial_start": 400})
-    config.num_steps, config.batch_size = 700, 32
+    config.objective.update({"perceptual": "laplacian", "adversarial_start": 300, "adversarial": 0.002})
+    config.num_steps, config.batch_size = 600, 32
 
 
 def decoder(config):
@@ -62,14 +62,14 @@ def prior(config):
     """Stage C with a text encoder of its own."""
     config.compressor.update(COMPRESSOR)
     config.model.update(
-        {"c": 192, "c_cond": 128, "depth": 6, "nhead": 4, "dropout": 0.0, "remat": False, "unroll": True}
+        {"c": 128, "c_cond": 128, "depth": 6, "nhead": 4, "dropout": 0.0, "remat": False, "unroll": True}
     )
     config.model.dtype = "float32"
-    wuerstchen.small_text(config, length=32, width=128)
+    wuerstchen.small_text(config, length=24, width=128)
     config.text.vocabulary = 400
     config.text_dropped = 0.1
     config.sampling.update({"steps": 20, "guidance": 3.0})
-    config.num_steps, config.batch_size = 3000, 128
+    config.num_steps = 2000
 
 
 def runlocal(config):

@@ -91,7 +91,9 @@ def toy(monkeypatch, devices, tiny):
         def __init__(self, config):
             self.config = config
 
-        num_classes = 0
+        @property
+        def num_classes(self):
+            return self.config.model.num_classes
 
         def tokenizer(self, source, path):
             return None

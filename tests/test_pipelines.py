@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import common
-from fid_imagegen import ImageFunctionPipeline, RenderableFunctions, pipelines
+from fid_imagegen import ImageFunctionPipeline, RenderableFunctions
 from fid_imagegen.interop.safetensors_io import save_tree
+from fid_imagegen.pipelines import image_functions
 from fid_imagegen.training.runs import write_config
 
 
@@ -40,7 +41,7 @@ def same(a, b, atol=1e-4):
 
 
 def test_function_i_depends_on_the_seed_and_i(pipe, functions, monkeypatch):
-    monkeypatch.setattr(pipelines, "BATCH", 3)  # the shape that is compiled already
+    monkeypatch.setattr(image_functions, "BATCH", 3)  # the shape that is compiled already
     five = pipe.generate(5, seed=1, steps=2)  # no multiple of the batch
     assert len(five) == 5
     same(five[:3].functions, functions.functions)
@@ -49,7 +50,7 @@ def test_function_i_depends_on_the_seed_and_i(pipe, functions, monkeypatch):
 
 
 def test_labels_follow_their_images_through_batches(pipe, functions, monkeypatch):
-    monkeypatch.setattr(pipelines, "BATCH", 3)
+    monkeypatch.setattr(image_functions, "BATCH", 3)
     turn, other = (pipe.generate(5, seed=1, steps=2, labels=[0, 1, 2, *more]) for more in ((0, 1), (2, 2)))
     same(turn[:3].functions, functions.functions)  # all classes in turn, as without labels
     same(other[:3].functions, functions.functions)

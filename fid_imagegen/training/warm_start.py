@@ -45,7 +45,9 @@ def inside(folder: str, workdir: epath.Path) -> epath.Path:
 def _read(folder: str, name: str, workdir: epath.Path) -> Any:
     _, groups = read_params(inside(folder, workdir))
     if name not in groups:
-        raise ValueError(f"found groups {sorted(groups)} in {folder}, expected {name}; change config.init")
+        raise ValueError(
+            f"found groups {sorted(groups)} in {folder}, expected {name}; change config.init.{name.removesuffix(STATISTICS)}"
+        )
     return groups[name]
 
 
