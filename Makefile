@@ -24,10 +24,13 @@ test: $(VENV)/.installed lint
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
-# torch is an oracle of tests only. The CPU wheel is named so that no CUDA wheels come along.
+# torch is an oracle of tests only. The CPU wheel is named so that no CUDA wheels come along; torchvision's binary does not match
+# it and breaks transformers' import, so that it lies apart and is seen by the one test that reads its networks.
 parity: $(VENV)/.installed
-	$(BIN)/pip install --quiet torch==2.13.0 torchvision
+	$(BIN)/pip install --quiet torch==2.13.0 diffusers==0.42.1 transformers==5.23.0
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	$(BIN)/python -m pytest -m parity
+	PYTHONPATH=$(VENV)/torchvision $(BIN)/python -m pytest -m parity tests/interop/test_interop_efficientnet.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -123,3 +123,29 @@ def toy(monkeypatch, devices, tiny):
     monkeypatch.setitem(tasks.TASKS, "toy", Toy)
     devices(1)
     return make
+
+
+@pytest.fixture(scope="session")
+def random_stages(tmp_path_factory):
+    """The stages of `configs/wuerstchen.py:runlocal` as exported folders, all weights random: heads start at zero otherwise."""
+    import jax
+    import jax.numpy as jnp
+
+    from configs import wuerstchen
+    from fid_imagegen import tasks
+    from fid_imagegen.data.tokenizer import train_bpe
+    from fid_imagegen.interop.safetensors_io import save_tree
+    from fid_imagegen.training import runs
+
+    root, config = tmp_path_factory.mktemp("model"), wuerstchen.get_config("runlocal")
+    for number, stage in enumerate(config.stages):
+        params, stats = jax.jit(tasks.build(config[stage]).init)(jax.random.key(number))
+        groups = {name: tree for name, tree in (params | stats).items() if "discriminator" not in name}
+        leaves, tree = jax.tree.flatten(groups)
+        keys = jax.random.split(jax.random.key(10 + number), len(leaves))
+        noisy = [x + 0.05 * jnp.abs(jax.random.normal(key, x.shape)) for x, key in zip(leaves, keys, strict=True)]
+        runs.write_config(root / stage, config[stage])
+        save_tree(root / stage / "model.safetensors", jax.tree.unflatten(tree, noisy), {})
+    captions = ["a red star at the top left", "a blue circle in the centre"]
+    train_bpe(captions, vocabulary=300, length=16).save(root / "stage_c" / "tokenizer.json")
+    return root

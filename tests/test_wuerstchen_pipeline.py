@@ -1,41 +1,17 @@
 """Text to image with random weights: shapes, sizes, what an image depends on, and refusals."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import wuerstchen
-from fid_imagegen import tasks
-from fid_imagegen.data.tokenizer import train_bpe
 from fid_imagegen.evaluation.stages import cost_table, parameter_table
-from fid_imagegen.interop.safetensors_io import save_tree
 from fid_imagegen.pipelines import WuerstchenPipeline
-from fid_imagegen.training import runs
 
 QUICK = {"prior_num_inference_steps": 2, "num_inference_steps": 2, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The three stages as exported folders, every weight random: heads start at zero otherwise."""
-    root, config = tmp_path_factory.mktemp("model"), wuerstchen.get_config("runlocal")
-    for number, stage in enumerate(config.stages):
-        params, stats = jax.jit(tasks.build(config[stage]).init)(jax.random.key(number))
-        groups = {name: tree for name, tree in (params | stats).items() if "discriminator" not in name}
-        leaves, tree = jax.tree.flatten(groups)
-        keys = jax.random.split(jax.random.key(10 + number), len(leaves))
-        noisy = [x + 0.05 * jnp.abs(jax.random.normal(key, x.shape)) for x, key in zip(leaves, keys, strict=True)]
-        runs.write_config(root / stage, config[stage])
-        save_tree(root / stage / "model.safetensors", jax.tree.unflatten(tree, noisy), {})
-    captions = ["a red star at the top left", "a blue circle in the centre"]
-    train_bpe(captions, vocabulary=300, length=16).save(root / "stage_c" / "tokenizer.json")
-    return root
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return WuerstchenPipeline.from_pretrained(folder)
+def pipe(random_stages):
+    return WuerstchenPipeline.from_pretrained(random_stages)
 
 
 def test_an_image_depends_on_its_seed_number_and_prompt_alone(pipe):
