@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fid_imagegen.interop.paella_vq import LEAVES, named_tensors, without_counters
-from fid_imagegen.interop.state_dict import convert_state_dict
+from fid_imagegen.interop.state_dict import LEAVES, convert_state_dict, named_tensors, without_counters
 from fid_imagegen.models.wuerstchen.compressor import EfficientNetCompressor
 from fid_imagegen.models.wuerstchen.efficientnet import EfficientNetV2Features, resolve_spec
 

@@ -5,18 +5,13 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from flax.traverse_util import flatten_dict
 
-from fid_imagegen.interop.state_dict import KERNEL_LAYOUTS, TORCH_LEAVES, convert_state_dict
+from fid_imagegen.interop.state_dict import LEAVES, convert_state_dict, named_tensors, without_counters
 from fid_imagegen.models.wuerstchen.stage_a import PaellaVQ
 
-# Linen's names of a BatchNorm's leaves, parameters and statistics, join those of the other layers.
-LEAVES = TORCH_LEAVES | {"scale": "weight", "mean": "running_mean", "var": "running_var"}
 BLOCK = {"depthwise": "depthwise.1", "up": "channelwise.0", "down": "channelwise.2"}
 CODEBOOK, AUTHORS_CODEBOOK = "vquantizer.embedding.weight", "vquantizer.codebook.weight"
 STACK = "bottleneck"
-COUNTER = "num_batches_tracked"  # PyTorch's, of BatchNorm calls; nothing reads it where the momentum is given
 
 
 def from_state_dict(model: PaellaVQ, tensors: Mapping[str, np.ndarray], source: str) -> dict:
@@ -35,22 +30,6 @@ def to_state_dict(model: PaellaVQ, variables: Mapping, *, authors: bool) -> dict
     if authors:
         tensors[AUTHORS_CODEBOOK] = tensors.pop(CODEBOOK)
     return tensors
-
-
-def named_tensors(variables: Mapping, torch_name: Callable[[tuple[str, ...]], str]) -> dict[str, np.ndarray]:
-    """The inverse of `convert_state_dict`: leaves in PyTorch's layout under `torch_name(path)`, and BatchNorm's counters."""
-    tensors = {}
-    for path, leaf in flatten_dict(variables).items():
-        if path[-1] == "kernel":
-            there, here = KERNEL_LAYOUTS[leaf.ndim].split(" -> ")
-            leaf = rearrange(leaf, f"{here} -> {there}")
-        tensors[torch_name(path)] = leaf
-    means = [name for name in tensors if name.endswith(".running_mean")]
-    return tensors | {name.replace("running_mean", COUNTER): np.zeros((), np.int64) for name in means}
-
-
-def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(f".{COUNTER}")}
 
 
 def _init(model: PaellaVQ):

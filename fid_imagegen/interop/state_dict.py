@@ -1,4 +1,4 @@
-"""PyTorch state dicts -> parameter trees. Every converter of public weights goes through these two functions."""
+"""PyTorch state dicts <-> parameter trees: what the converters of public weights share."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +10,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 # A Linen leaf's name in PyTorch, and PyTorch's layout -> Linen's by rank of a kernel; other leaves keep their shape.
 TORCH_LEAVES = {"kernel": "weight", "bias": "bias"}
+# The same with a BatchNorm's, parameters and statistics.
+LEAVES = TORCH_LEAVES | {"scale": "weight", "mean": "running_mean", "var": "running_var"}
+COUNTER = "num_batches_tracked"  # PyTorch's, of BatchNorm calls; nothing reads it where the momentum is given
 KERNEL_LAYOUTS = {4: "o i h w -> h w i o", 2: "o i -> i o"}
 
 
@@ -69,3 +72,19 @@ def convert_state_dict(
             f"found tensors that do not fit in {source}:\n{lines}\nexpected one per parameter; check the file"
         )
     return unflatten_dict(leaves)
+
+
+def named_tensors(variables: Mapping, torch_name: Callable[[tuple[str, ...]], str]) -> dict[str, np.ndarray]:
+    """The inverse of `convert_state_dict`: leaves in PyTorch's layout under `torch_name(path)`, and BatchNorm's counters."""
+    tensors = {}
+    for path, leaf in flatten_dict(variables).items():
+        if path[-1] == "kernel":
+            there, here = KERNEL_LAYOUTS[leaf.ndim].split(" -> ")
+            leaf = rearrange(leaf, f"{here} -> {there}")
+        tensors[torch_name(path)] = leaf
+    means = [name for name in tensors if name.endswith(".running_mean")]
+    return tensors | {name.replace("running_mean", COUNTER): np.zeros((), np.int64) for name in means}
+
+
+def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(f".{COUNTER}")}

@@ -201,6 +201,10 @@ def read_checkpoint(path: str | Path, what: str, entries: Sequence[str]) -> dict
 
         content = torch.load(path, map_location="cpu", weights_only=True)
         content = next((content[entry] for entry in entries if entry in content), content)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+            raise ValueError(
+                f"found {sorted(content)} in {path}, expected {' or '.join(entries)}: {what}; check the file"
+            )
         return {name: tensor.float().numpy() for name, tensor in content.items()}
     return read_state_dict(path, what, "download it and give its path")
 

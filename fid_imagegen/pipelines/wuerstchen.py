@@ -22,6 +22,7 @@ from fid_imagegen.data.tokenizer import Tokenizer, load_tokenizer, strings
 from fid_imagegen.diffusion import cosine
 from fid_imagegen.tasks.latent import LatentDenoiser
 from fid_imagegen.training.runs import read_params
+from fid_imagegen.training.warm_start import inside
 
 STAGES = ("stage_a", "stage_b", "stage_c")
 MAX_PIXELS = 4096 * 4096
@@ -33,9 +34,12 @@ class Stage:
 
     def __init__(self, folder: epath.Path):
         self.config, self.groups = read_params(folder)
+        if self.config.task != "stage_a" and self.config.text.weights:
+            self.config.text.weights = str(inside(self.config.text.weights, folder))
         self.task = tasks.build(self.config)
         if self.config.task != "stage_a":
             self.groups |= self.task.text.frozen()
+        self.groups = jax.device_put(self.groups)  # once, not with every step
         saved = folder / "tokenizer.json"
         self.tokenizer: Tokenizer | None = load_tokenizer(saved) if saved.exists() else None
 
@@ -50,7 +54,13 @@ class WuerstchenPipeline:
     def __init__(self, stage_a: Stage, stage_b: Stage, stage_c: Stage):
         self.stage_b, self.stage_c = stage_b, stage_c
         self.stage_b.groups |= {name: stage_a.groups[name] for name in ("vqgan", "vqgan_stats")}
-        self.stage_c.groups |= {"compressor_stats": stage_b.groups["compressor_stats"]}
+        if stage_c.config.latent_scale == "statistics":
+            if "compressor_stats" not in stage_b.groups:
+                raise ValueError(
+                    "found no statistics of a compressor in stage_b, expected some for config.stage_c.latent_scale "
+                    "'statistics'; convert with --compressor, or take 'published'"
+                )
+            self.stage_c.groups |= {"compressor_stats": stage_b.groups["compressor_stats"]}
         self.seconds: dict[str, float] = {}  # of the last call, by stage
 
     @classmethod
@@ -113,7 +123,8 @@ class WuerstchenPipeline:
     def step(self) -> int:
         """Pixels by which sizes change inside: what Stage B's U-net and the compressor's stride have in common."""
         model, vqgan = self.stage_b.config.model, self.stage_b.task.vqgan
-        return math.lcm(vqgan.stride * model.patch_size * 2 ** (len(model.c_hidden) - 1), self.stage_c.task.stride)
+        stride = self.stage_c.task.stride.numerator  # a fraction's whole multiples are those of its numerator
+        return math.lcm(vqgan.stride * model.patch_size * 2 ** (len(model.c_hidden) - 1), stride)
 
     def _prior(self, prompts, negative, size, key, index, steps, scale, advanced):
         stage, guided = self.stage_c, scale != 1

@@ -1,5 +1,7 @@
 """Training Stage C of Würstchen: text -> latents of the semantic compressor (arXiv 2306.00637, App. E.3)."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from fid_imagegen.diffusion import cosine
 from fid_imagegen.diffusion.noise import example_keys
+from fid_imagegen.models.wuerstchen.compressor import PUBLISHED
 from fid_imagegen.models.wuerstchen.stage_c import StageC
 from fid_imagegen.models.wuerstchen.stage_c_dit import StageCTransformer
 from fid_imagegen.tasks.latent import LatentDenoiser, chance, resized, split, unit
@@ -14,7 +17,6 @@ from fid_imagegen.tasks.stage_b import build_config_compressor
 from fid_imagegen.tasks.text import TextSide, drop_text, no_text
 
 NETWORKS = {"convnext": StageC, "transformer": StageCTransformer}
-PUBLISHED = {"mean": -1.0, "deviation": 42.0}  # z = (latent + 1) / 42
 
 
 class StageCTask:
@@ -39,9 +41,9 @@ class StageCTask:
         self.trained = ("stage_c", *self.text.trained)
 
     @property
-    def stride(self) -> int:
-        """Pixels of the training images per latent position, along each side."""
-        return self.config.data.image_size * self.compressor.stride // self.config.compressor.size
+    def stride(self) -> Fraction:
+        """Pixels of the training images per latent position, along each side: 128/3 in the public model."""
+        return Fraction(self.config.data.image_size * self.compressor.stride, self.config.compressor.size)
 
     def tokenizer(self, source, path):
         """The text encoder's."""

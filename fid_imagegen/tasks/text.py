@@ -11,11 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from fid_imagegen.data.captions import texts
 from fid_imagegen.data.tokenizer import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from fid_imagegen.interop.clip import load_clip
-from fid_imagegen.models.text.clip import BIG_G, CLIPTextEncoder, H
+from fid_imagegen.models.text.clip import TOWERS, CLIPTextEncoder
 from fid_imagegen.models.text.small import SmallTextEncoder
 
 GROUP = "text"
-TOWERS = {"H": H, "bigG": BIG_G}
 Batch = Mapping[str, Array]
 
 

@@ -17,6 +17,7 @@ from fid_imagegen.models.wuerstchen.efficientnet import ConvNorm, EfficientNetV2
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of images in [0, 1]
 STD = (0.229, 0.224, 0.225)
+PUBLISHED = {"mean": -1.0, "deviation": 42.0}  # of the public weights' latents: Stage C sees (latent + 1) / 42
 
 
 class LatentHead(nn.Module):
