@@ -86,7 +86,7 @@ def stage_b() -> ConfigDict:
 
 
 def stage_c() -> ConfigDict:
-    """Stage C: 500,000 steps of 1,536 images, 384 px to the compressor (then 364,000 of 768 px, 4,000 of mixed shapes, 50,000 of artworks)."""
+    """Stage C: 500,000 steps of 1,536 images (then 364,000 at 768 px, 4,000 of mixed shapes, 50,000 of artworks)."""
     config = common.training("stage_c")
     config.data.image_size = 512  # of which the compressor sees 384 pixels, as in Stage B: 12x12 latents
     config.model = ConfigDict({"network": "convnext", "c_in": 16, "c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32})

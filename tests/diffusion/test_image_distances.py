@@ -36,3 +36,11 @@ def test_equal_images_have_no_distance_and_a_finite_gradient(name):
     a, _ = pair(4)
     assert np.abs(DISTANCES[name](a, a)).max() < 1e-8
     assert not jax.grad(lambda x: DISTANCES[name](x, a).sum())(a).any()
+
+
+def test_laplacian_weighs_every_band_alike():
+    flat, fine = jnp.full((1, 8, 8, 1), 0.3), jnp.asarray(np.indices((8, 8)).sum(0) % 2 * 2.0 - 1)[None, :, :, None]
+    coarse = jnp.repeat(jnp.repeat(fine[:, :4, :4], 2, axis=1), 2, axis=2)
+    zero = jnp.zeros((1, 8, 8, 1))
+    for picture, expected in ((flat, 0.3), (fine, 1.0), (coarse, 1.0), (0.5 * fine - 0.2 * coarse - flat, 1.0)):
+        np.testing.assert_allclose(DISTANCES["laplacian"](picture, zero), [expected], rtol=1e-6)
