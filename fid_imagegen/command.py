@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-EXPECTED = (ValueError, OSError, RuntimeError)
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -59,7 +59,7 @@ def write_stages(out: Path, files) -> None:
         save_tree(folder / "model.safetensors", stage.groups, {"format": "fid_imagegen.params.1"})
         if stage.text:
             save_tree(folder / TEXT_FILE, stage.text, {"format": "pt"})
-            stage.tokenizer.save(folder / "tokenizer.json")
+            (folder / "tokenizer.json").write_text(stage.tokenizer.json(), encoding="utf-8")
 
     for name, read in public_stages(files, command.load_config(CONFIG.value)).items():
         write(out / name, read())

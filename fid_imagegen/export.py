@@ -9,6 +9,8 @@ from pathlib import Path
 
 from absl import flags
 
+from fid_imagegen import command
+
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run", required=True)
 OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
 
@@ -23,7 +25,6 @@ A one-step generator of image functions: one network evaluation turns noise into
 ```python
 from fid_imagegen import ImageFunctionPipeline
 
-from fid_imagegen import command
 functions = ImageFunctionPipeline.from_pretrained("{name}").generate(num=16, seed=0)
 images = functions.render(height=512, width=768)
 ```
@@ -46,12 +47,14 @@ def export(workdir: str, out: str) -> Path:
     import jax
 
     from fid_imagegen.interop.safetensors_io import save_tree
-    from fid_imagegen.training.runs import read_params, write_config
+    from fid_imagegen.pipelines import ImageFunctionPipeline
+    from fid_imagegen.training.runs import write_config
 
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"found {target}, expected a folder that does not exist; choose another --out")
-    config, params = read_params(workdir)
+    pipe = ImageFunctionPipeline.from_pretrained(workdir)
+    config, params = pipe.config, pipe.params
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     write_config(temporary, config)

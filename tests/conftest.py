@@ -126,6 +126,37 @@ def toy(monkeypatch, devices, tiny):
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A folder as `export` writes it, of an untrained generator."""
+    import jax
+
+    from configs import common
+    from fid_imagegen import tasks
+    from fid_imagegen.interop.safetensors_io import save_tree
+    from fid_imagegen.training.runs import write_config
+
+    folder = tmp_path_factory.mktemp("exported")
+    config = common.runlocal(common.base())
+    config.data.update({"source": "digits", "image_size": 8, "channels": 1})
+    config.model.update({"patch": 4, "width": 16})
+    write_config(folder, config.lock())
+    save_tree(folder / "model.safetensors", jax.jit(tasks.build(config).init)(jax.random.key(0))[0], {})
+    return folder
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(step): the next run is asked to stop before that step; None lets it run."""
+
+    from fid_imagegen.training.preemption import Preemption
+
+    def ask(step):
+        monkeypatch.setattr(Preemption, "reached", lambda self, now: now == step)
+
+    return ask
+
+
+@pytest.fixture(scope="session")
 def random_stages(tmp_path_factory):
     """The stages of `configs/wuerstchen.py:runlocal` as exported folders, all weights random: heads start at zero otherwise."""
     import jax
@@ -147,5 +178,5 @@ def random_stages(tmp_path_factory):
         runs.write_config(root / stage, config[stage])
         save_tree(root / stage / "model.safetensors", jax.tree.unflatten(tree, noisy), {})
     captions = ["a red star at the top left", "a blue circle in the centre"]
-    train_bpe(captions, vocabulary=300, length=16).save(root / "stage_c" / "tokenizer.json")
+    (root / "stage_c" / "tokenizer.json").write_text(train_bpe(captions, vocabulary=300, length=16).json())
     return root

@@ -139,3 +139,8 @@ def test_generators_that_cannot():
         pipe.generate(1, labels=[0])
     with pytest.raises(ValueError, match="found 0 sampling steps"):
         pipe.generate(1, steps=0)
+
+
+def test_a_run_of_another_kind_is_named(random_stages):
+    with pytest.raises(ValueError, match="found a run of task 'stage_c' in .*expected a generator of image functions"):
+        ImageFunctionPipeline.from_pretrained(random_stages / "stage_c")

@@ -3,15 +3,10 @@
 import subprocess
 import sys
 
-import jax
 import numpy as np
-import pytest
 from PIL import Image
 
-from configs import common
-from fid_imagegen import RenderableFunctions, tasks
-from fid_imagegen.interop.safetensors_io import save_tree
-from fid_imagegen.training.runs import write_config
+from fid_imagegen import RenderableFunctions
 
 BAD_SIZES = """
 import sys
@@ -26,18 +21,6 @@ for size in sys.argv[1:]:
 
 def run(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A folder as `export` writes it, of an untrained generator."""
-    folder = tmp_path_factory.mktemp("exported")
-    config = common.runlocal(common.base())
-    config.data.update({"source": "digits", "image_size": 8, "channels": 1})
-    config.model.update({"patch": 4, "width": 16})
-    write_config(folder, config.lock())
-    save_tree(folder / "model.safetensors", jax.jit(tasks.build(config).init)(jax.random.key(0))[0], {})
-    return folder
 
 
 def test_sizes():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from etils import epath
 from jaxtyping import Bool, Int
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -64,9 +65,9 @@ class Tokenizer:
         mask_BT = np.asarray([encoding.attention_mask for encoding in encodings], bool)
         return ids_BT.reshape(-1, self.length), mask_BT.reshape(-1, self.length)
 
-    def save(self, path: str | Path) -> None:
-        """Writes one tokenizer.json, length and padding included."""
-        self.tokenizer.save(str(path))
+    def json(self) -> str:
+        """What one tokenizer.json holds, length and padding included."""
+        return self.tokenizer.to_str(pretty=True)
 
 
 def strings(texts: Iterable[str]) -> list[str]:
@@ -90,9 +91,9 @@ def strings(texts: Iterable[str]) -> list[str]:
     return texts
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """What `Tokenizer.save` wrote."""
-    tokenizer = _read([Path(path)], tokenizer_json, "the tokenizer.json saved with a model")
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+    """A file of `Tokenizer.json`."""
+    tokenizer = _read([epath.Path(path)], tokenizer_json, "the tokenizer.json saved with a model")
     if not tokenizer.padding or not tokenizer.padding["length"]:
         raise ValueError(
             f"found no length in {str(path)!r}, expected a tokenizer saved by this project; read CLIP's by clip_tokenizer"
@@ -143,8 +144,8 @@ def train_bpe(captions: Iterable[str], *, vocabulary: int, length: int) -> Token
     return Tokenizer(tokenizer, length)
 
 
-def tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(path))
+def tokenizer_json(path: epath.Path | Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
 
 
 def vocabulary_and_merges(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:

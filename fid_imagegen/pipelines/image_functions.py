@@ -101,9 +101,15 @@ class ImageFunctionPipeline:
     def from_pretrained(cls, folder: str | Path) -> "ImageFunctionPipeline":
         """Loads a work directory (its last evaluation EMA) or an exported folder.
 
-        Raises FileNotFoundError naming what is not there.
+        Raises FileNotFoundError naming what is not there, ValueError for a run of another kind.
         """
-        return cls(*read_params(folder))
+        config, params = read_params(folder)
+        if config.task not in ("consistency", "reconstruction"):
+            raise ValueError(
+                f"found a run of task {config.task!r} in {folder}, expected a generator of image functions; "
+                "stages of Würstchen are loaded together, by WuerstchenPipeline"
+            )
+        return cls(config, params)
 
     @functools.cached_property
     def _sample(self):

@@ -55,7 +55,7 @@ class Run:
         """Puts `config.json`, the tokenizer and the frozen groups into the work directory: the first things written there."""
         runs.write_config(self.workdir, self.config)
         if self.tokenizer and jax.process_index() == 0:
-            self.tokenizer.save(self.workdir / "tokenizer.json")
+            runs.write_whole(self.workdir / "tokenizer.json", self.tokenizer.json())
         for name, digest in self.frozen_hashes.items():
             _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", self.frozen[name])
 

@@ -37,8 +37,13 @@ def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(resolved, indent=2) + "\n")
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a text file, or leaves what was there."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

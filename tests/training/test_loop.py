@@ -20,16 +20,6 @@ def steps(workdir):
 
 
 @pytest.fixture
-def stop_at(monkeypatch):
-    """stop_at(step): the next run is asked to stop before that step; None lets it run."""
-
-    def ask(step):
-        monkeypatch.setattr(loop.Preemption, "reached", lambda self, now: now == step)
-
-    return ask
-
-
-@pytest.fixture
 def noted(monkeypatch):
     """The examples of every step, in the order they were read: [(step, index, hash of the pixels)]."""
     seen, batches = [], loop.pipeline.batches
