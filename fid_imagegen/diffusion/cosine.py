@@ -58,12 +58,6 @@ def ddpm_step(x: Images, eps: Images, t_B: Levels, next_B: Levels, noise: Images
     return mean + jnp.where(per_image(next_B) > 0, deviation, 0) * noise
 
 
-def ddim_step(x: Images, eps: Images, t_B: Levels, next_B: Levels) -> Images:
-    """x_t -> x_next along the deterministic path: the same x0 and eps at the next level."""
-    signal = per_image(alpha_bar(t_B))
-    return add_noise((x - jnp.sqrt(1 - signal) * eps) / jnp.sqrt(signal), eps, next_B)
-
-
 def sampling_times(steps: int) -> np.ndarray:
     """`steps` + 1 levels from 1 to 0, the last of which is never evaluated."""
     if steps < 1:

@@ -4,6 +4,7 @@ pipe = WuerstchenPipeline.from_pretrained("runs/demo-text")
 images = pipe("a red star at the top left", height=64, width=64, seed=0)       # uint8 [1, 64, 64, 3]
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -106,16 +107,19 @@ class WuerstchenPipeline:
         prior_steps = _steps(prior_num_inference_steps, prior.steps)
         decoder_steps = _steps(num_inference_steps, decoder.steps)
         key, index = jax.random.key(seed), jnp.arange(len(prompts))
-        bar = tqdm(total=prior_steps + decoder_steps, desc="Stage C", disable=not progress)
-        with bar, _Timer(self.seconds, "stage_c"):
-            scale = prior.guidance if prior_guidance_scale is None else prior_guidance_scale
-            latents = self._prior(prompts, negative, (rows, columns), key, index, prior_steps, scale, bar.update)
+        prior_scale = prior.guidance if prior_guidance_scale is None else prior_guidance_scale
+        decoder_scale = decoder.guidance if decoder_guidance_scale is None else decoder_guidance_scale
+        with tqdm(total=prior_steps + decoder_steps, desc="Stage C", disable=not progress) as bar:
+            with self._timed("stage_c"):
+                latents = self._prior(
+                    prompts, negative, (rows, columns), key, index, prior_steps, prior_scale, bar.update
+                )
             bar.set_description("Stage B")
-            scale = decoder.guidance if decoder_guidance_scale is None else decoder_guidance_scale
-            with _Timer(self.seconds, "stage_b"):
-                made = self._decoder(prompts, latents, (rows, columns), key, index, decoder_steps, scale, bar.update)
-        self.seconds["stage_c"] -= self.seconds["stage_b"]
-        with _Timer(self.seconds, "stage_a"):
+            with self._timed("stage_b"):
+                made = self._decoder(
+                    prompts, latents, (rows, columns), key, index, decoder_steps, decoder_scale, bar.update
+                )
+        with self._timed("stage_a"):
             images = np.asarray(self._to_images(self.stage_b.groups, made))
         return np.round(255 * images[:, :height, :width]).astype(np.uint8)
 
@@ -140,6 +144,12 @@ class WuerstchenPipeline:
         cond = _condition_b(stage.task, stage.groups, latents, *stage.tokens(prompts), rows, guided)
         shape, key = (*rows, stage.config.vqgan.latent_channels), jax.random.fold_in(key, 1)
         return _sample(stage.task.denoiser, stage.groups["stage_b"], cond, key, index, shape, steps, scale, advanced)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str):
+        begin = time.monotonic()
+        yield
+        self.seconds[stage] = time.monotonic() - begin
 
     @functools.cached_property
     def _to_images(self):
@@ -167,19 +177,6 @@ class WuerstchenPipeline:
             )
 
 
-class _Timer:
-    """Adds the seconds of a block to a table."""
-
-    def __init__(self, table: dict[str, float], name: str):
-        self.table, self.name = table, name
-
-    def __enter__(self):
-        self.begin = time.monotonic()
-
-    def __exit__(self, *_):
-        self.table[self.name] = time.monotonic() - self.begin
-
-
 def _steps(asked: int | None, default: int) -> int:
     steps = default if asked is None else asked
     if not 1 <= steps <= MAX_STEPS:
@@ -195,7 +192,7 @@ def _sample(
     x, scale = denoiser.start(key, index, shape), None if scale == 1 else jnp.float32(scale)
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
         x = _advance(denoiser, params, cond, x, jnp.float32(t), jnp.float32(t_next), noise(i), scale)
-        x.block_until_ready()
+        x.block_until_ready()  # so that the bar tells what is done, not what is queued
         advanced(1)
     return x
 

@@ -1,6 +1,6 @@
 """What Stages B and C share: a denoiser of latents with a prediction form, its loss, and its one sampling path."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,18 +44,20 @@ class LatentDenoiser:
         """The noise of step i."""
         return cosine.keyed_noise(example_keys(key, index_B), shape)
 
-    def advance(
-        self, params: Any, cond: Any, x: Images, t: Array, t_next: Array, noise: Images, scale: Array | None
-    ) -> Images:
-        """One step of sampling. With a guidance `scale`, `cond` is of 2 x batch: first those to follow, then those without."""
+    def prediction(self, params: Any, cond: Any, scale: Array | None) -> Callable[[Images, Array], Images]:
+        """predict(x, t_B). With a guidance `scale`, `cond` is of 2 x batch: first those to follow, then those without."""
 
         def predict(x, t_B):
             output = self.model.apply({"params": params}, self.form.scale_input(x, t_B), t_B, cond)
             return self.form.predict(output, x, t_B)
 
-        if scale is not None:
-            predict = guidance.guided(predict, scale)
-        return cosine.sample_step(predict, self.form.step, x, t, t_next, noise)
+        return predict if scale is None else guidance.guided(predict, scale)
+
+    def advance(
+        self, params: Any, cond: Any, x: Images, t: Array, t_next: Array, noise: Images, scale: Array | None
+    ) -> Images:
+        """One step of sampling, for a caller that reports progress."""
+        return cosine.sample_step(self.prediction(params, cond, scale), self.form.step, x, t, t_next, noise)
 
     def sample(
         self,
@@ -68,13 +70,9 @@ class LatentDenoiser:
         times: np.ndarray,
         scale: float | None,
     ) -> Images:
-        """Latents, as one scan of `advance`: what previews use. Pipelines call `advance` to report progress."""
-        noise, times = self.noise(key, index_B, shape), jnp.asarray(times, jnp.float32)
-
-        def body(x, i):
-            return self.advance(params, cond, x, times[i - 1], times[i], noise(i), scale), None
-
-        return jax.lax.scan(body, self.start(key, index_B, shape), jnp.arange(1, len(times)))[0]
+        """Latents, all steps in one scan: what previews use."""
+        predict, start = self.prediction(params, cond, scale), self.start(key, index_B, shape)
+        return cosine.sample(predict, self.form.step, start, times, self.noise(key, index_B, shape))
 
 
 def split(keys_B: Key[Array, "batch"], count: int) -> Key[Array, "count batch"]:
