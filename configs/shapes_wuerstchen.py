@@ -13,7 +13,7 @@ COMPRESSOR = {"name": "conv", "size": SIZE, "stride": 16, "widths": (16, 32, 64,
 
 
 def get_config(arg: str = ""):
-    """Three small stages in sequence: about 20 minutes on 2 cores."""
+    """Three small stages in sequence: 20 to 30 minutes on 2 cores."""
     config = wuerstchen.base()
     for stage in wuerstchen.STAGES:
         config[stage].data.update({"source": "shapes", "image_size": SIZE})

@@ -7,8 +7,10 @@ A generator of image functions pre-trains by reconstruction into WORKDIR/pretrai
 from etils import epath
 from ml_collections import ConfigDict
 
+from fid_imagegen import tasks
 from fid_imagegen.data import pipeline, sources
 from fid_imagegen.tasks.reconstruction import rendered_psnr
+from fid_imagegen.training import optimizer
 from fid_imagegen.training.loop import Evaluator, Run, train
 from fid_imagegen.training.warm_start import PRETRAIN
 
@@ -18,6 +20,8 @@ MAX_HELD_OUT = 512
 def run(config: ConfigDict, workdir: epath.PathLike) -> bool:
     """Runs all phases of a config, resuming what is there; False if asked to stop before the end."""
     if "stages" in config:
+        for stage in config.stages:  # mistakes in a later stage should show before an earlier one has run for days
+            optimizer.build_all(config[stage], tasks.build(config[stage]).trained)
         return all(run(config[stage], epath.Path(workdir) / stage) for stage in config.stages)
     if "pretrain" not in config or not config.pretrain.num_steps:
         return train(config, workdir)

@@ -1,5 +1,6 @@
 """Starting a group of parameters from another run: `config.init = {group: folder}`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -21,10 +22,11 @@ def fill(groups: dict[str, Any], init: dict[str, str], workdir: epath.Path) -> d
 
     Raises ValueError listing every missing, extra and misshapen tensor at once.
     """
+    read = functools.cache(lambda folder: read_params(inside(folder, workdir))[1])
     filled = {}
     for name, tree in groups.items():
         folder = init.get(name.removesuffix(STATISTICS), "")
-        filled[name] = _matched(tree, _read(folder, name, workdir), folder) if folder else tree
+        filled[name] = _matched(tree, _named(read(folder), name, folder), folder) if folder else tree
     return filled
 
 
@@ -42,8 +44,7 @@ def inside(folder: str, workdir: epath.Path) -> epath.Path:
     return workdir / folder.removeprefix("./") if folder.startswith("./") else epath.Path(folder)
 
 
-def _read(folder: str, name: str, workdir: epath.Path) -> Any:
-    _, groups = read_params(inside(folder, workdir))
+def _named(groups: dict[str, Any], name: str, folder: str) -> Any:
     if name not in groups:
         raise ValueError(
             f"found groups {sorted(groups)} in {folder}, expected {name}; change config.init.{name.removesuffix(STATISTICS)}"

@@ -16,6 +16,18 @@ def test_scalars_are_json_lines(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_what_is_not_finite_is_null_and_every_line_is_json(tmp_path):
+    writer = Writer(tmp_path, start=0, tensorboard=False)
+    writer.write_scalars(1, {"loss": float("nan"), "norm": float("inf"), "rate": 2.0})
+    writer.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)  # NaN and Infinity are no JSON
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "norm": None, "rate": 2.0}
+
+
 @pytest.mark.parametrize("start", [0, 2, 9])
 def test_a_resumed_log_goes_on_from_the_restored_step(tmp_path, start):
     lines = [json.dumps({"step": step, "loss": step / 2}) for step in (1, 2, 3)]
