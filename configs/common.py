@@ -59,6 +59,7 @@ def training(task: str) -> ConfigDict:
     config.data.path = ""
     config.data.split = "train"  # tfds only
     config.data.image_size = 32
+    config.data.buckets = ()  # (height, width) each, for Stages B and C; (): squares of image_size
     config.data.channels = 3
     config.data.flip = False
     config.data.holdout_every = 0  # k: every k-th record is held out for evaluation
@@ -107,7 +108,7 @@ def base() -> ConfigDict:
     config.noise = ConfigDict({"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5})
     config.preconditioning = "x0_blend"  # edm (faithful), x0_blend
     config.objective = objective("ect")
-    config.distance = "pseudo_huber"  # l2, pseudo_huber, lpips
+    config.distance = "pseudo_huber"  # l2, laplacian, pseudo_huber, lpips
     config.lpips = ConfigDict({"vgg16": "", "heads": ""})
     config.variational = True  # variational coordinates
     config.render_chunk = 4096  # coordinates rendered at once in training

@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
     config.optimizers.generator = common.optimizer(
         "adam", 3e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
     )
-    config.num_steps, config.batch_size = 3200, 128
+    config.num_steps, config.batch_size = 2800, 128
     config.ema_decays = (0.999,)
     config.pretrain.update({"num_steps": 800, "batch_size": 128, "checkpoint_every": 200})
     config.pretrain.optimizers.generator = common.optimizer("adam", 5e-3, warmup_steps=50, schedule="cosine", b2=0.99)
