@@ -7,9 +7,7 @@ loads. The semantic compressor is not among them: sampling does without, trainin
     --to diffusers --model DIR    back: our stages -> OUT/{vqgan,decoder,prior}, which diffusers loads
 """
 
-import contextlib
 import json
-import shutil
 from pathlib import Path
 
 from absl import app, flags
@@ -34,29 +32,13 @@ INPUTS = (DECODER, PRIOR, COMPRESSOR, AUTHORS, DECODER_CLIP, PRIOR_CLIP, MODEL)
 ALLOWED = ({"decoder", "prior"}, {"decoder", "prior", "compressor"}, {"authors", "decoder_clip", "prior_clip"})
 
 
-@contextlib.contextmanager
-def whole(target: Path):
-    """A folder beside `target` that takes its name when all is written, and is removed if it is not."""
-    if target.exists():
-        raise FileExistsError(f"found {target}, expected a folder that does not exist; choose another --out")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_stages(out: Path, files) -> None:
     from fid_imagegen.interop.public_wuerstchen import TEXT_FILE, public_stages
     from fid_imagegen.interop.safetensors_io import save_tree
-    from fid_imagegen.training.runs import write_config
+    from fid_imagegen.training.runs import write_params
 
     def write(folder: Path, stage):
-        write_config(folder, stage.config)
-        save_tree(folder / "model.safetensors", stage.groups, {"format": "fid_imagegen.params.1"})
+        write_params(folder, stage.config, stage.groups)
         if stage.text:
             save_tree(folder / TEXT_FILE, stage.text, {"format": "pt"})
             (folder / "tokenizer.json").write_text(stage.tokenizer.json(), encoding="utf-8")
@@ -81,6 +63,7 @@ def write_diffusers(out: Path, model: Path) -> None:
 def main(argv):
     del argv
     from fid_imagegen.interop.public_wuerstchen import authors_files, diffusers_files
+    from fid_imagegen.training.runs import whole_folder
 
     given = {flag.name: Path(flag.value) for flag in INPUTS if flag.value}
     if set(given) not in ([{"model"}] if TO.value == "diffusers" else ALLOWED):
@@ -88,7 +71,7 @@ def main(argv):
             f"found {', '.join(f'--{name}' for name in given) or 'no input'} with --to={TO.value}, expected --decoder and "
             "--prior; --authors, --decoder_clip and --prior_clip; or --model with --to=diffusers"
         )
-    with whole(Path(OUT.value)) as out:
+    with whole_folder(Path(OUT.value)) as out:
         if MODEL.value:
             write_diffusers(out, given["model"])
         else:

@@ -4,7 +4,6 @@ Writes a shareable folder: `config.json`, `model.safetensors` (the evaluation EM
 `ImageFunctionPipeline.from_pretrained(OUT)` loads it.
 """
 
-import shutil
 from pathlib import Path
 
 from absl import flags
@@ -43,22 +42,14 @@ mind the terms of the training data. Quality: see `evaluation.jsonl` of the run;
 
 
 def export(workdir: str, out: str) -> Path:
-    """Writes the folder beside `out` and renames it, so that nothing half-written carries its name."""
+    """Writes the folder `out`, whole or not at all."""
     import jax
 
-    from fid_imagegen.interop.safetensors_io import save_tree
     from fid_imagegen.pipelines import ImageFunctionPipeline
-    from fid_imagegen.training.runs import write_config
+    from fid_imagegen.training.runs import whole_folder, write_params
 
-    target = Path(out)
-    if target.exists():
-        raise FileExistsError(f"found {target}, expected a folder that does not exist; choose another --out")
-    pipe = ImageFunctionPipeline.from_pretrained(workdir)
+    target, pipe = Path(out), ImageFunctionPipeline.from_pretrained(workdir)
     config, params = pipe.config, pipe.params
-    temporary = target.with_name(target.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    write_config(temporary, config)
-    save_tree(temporary / "model.safetensors", params, {"format": "fid_imagegen.params.1"})
     card = CARD.format(
         name=target.name,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -73,8 +64,10 @@ def export(workdir: str, out: str) -> Path:
         batch=config.batch_size,
         ema=config.ema_decays[-1] if config.ema_decays else "none",
     )
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    return temporary.rename(target)
+    with whole_folder(target) as folder:
+        write_params(folder, config, params)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return target
 
 
 def main(argv):

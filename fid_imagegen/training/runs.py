@@ -1,13 +1,17 @@
 """A work directory as others find it: its resolved `config.json`, and the parameters of its newest checkpoint."""
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from fid_imagegen.interop.safetensors_io import load_tree
+from fid_imagegen.interop.safetensors_io import load_tree, save_tree
 from fid_imagegen.training import ema
 from fid_imagegen.training.checkpoint import load_groups
 
@@ -45,6 +49,30 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def write_params(folder: epath.PathLike, config: ConfigDict, groups: dict[str, Any]) -> None:
+    """An exported folder: what `read_params` reads."""
+    write_config(folder, config)
+    save_tree(epath.Path(folder) / "model.safetensors", groups, {"format": "fid_imagegen.params.1"})
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its name when all is written, and is removed if it is not.
+
+    Raises FileExistsError where `target` exists.
+    """
+    if target.exists():
+        raise FileExistsError(f"found {target}, expected a folder that does not exist; choose another --out")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _differences(old: Any, new: Any, prefix: str = ""):
