@@ -64,6 +64,7 @@ def training(task: str) -> ConfigDict:
     config.data.flip = False
     config.data.holdout_every = 0  # k: every k-th record is held out for evaluation
     config.data.skip_unreadable = False
+    config.data.features = ""  # of Stage C: a folder of `python -m fid_imagegen.features`, read in place of pictures
 
     config.ema_decays = (0.9999,)  # evaluation EMAs; samples use the last
     # GROUP: the run or exported folder that the group comes from; ./ is in the work directory, ../ beside it.

@@ -44,7 +44,11 @@ def tokenizer(config):
 
 
 def decoder(config):
-    """Stage B without text: the compressor's 4x4x16 latents say everything."""
+    """Stage B without text: the compressor's 4x4x16 latents say everything.
+
+    Most of them are noised in training: what survives noise is easier for Stage C to hit (0.42 -> 0.56 of the shapes right at
+    equal steps; noise up to 0.8 on all of them: 0.41). Guidance makes up for what the decoder then leaves vague.
+    """
     config.vqgan.update(VQGAN)
     config.latent_scale = 1.0
     config.compressor.update(COMPRESSOR)
@@ -53,9 +57,9 @@ def decoder(config):
     config.model.dtype = "float32"
     config.text.encoder = "none"
     config.form = "v"
-    config.disturbance.update({"noised": 0.3, "noised_until": 0.3})
-    config.sampling.update({"steps": 12, "guidance": 1.0})
-    config.num_steps = 1500
+    config.disturbance.update({"noised": 0.75, "noised_until": 0.6})
+    config.sampling.update({"steps": 12, "guidance": 2.0})
+    config.num_steps, config.batch_size = 1500, 32
 
 
 def prior(config):
@@ -65,11 +69,11 @@ def prior(config):
         {"c": 128, "c_cond": 128, "depth": 6, "nhead": 4, "dropout": 0.0, "remat": False, "unroll": True}
     )
     config.model.dtype = "float32"
-    wuerstchen.small_text(config, length=24, width=128)
+    wuerstchen.small_text(config, length=16, width=128)
     config.text.vocabulary = 400
     config.text_dropped = 0.1
     config.sampling.update({"steps": 20, "guidance": 3.0})
-    config.num_steps = 2000
+    config.num_steps = 3000
 
 
 def runlocal(config):

@@ -38,6 +38,7 @@ class CaptionedFiles(ImageFiles):
             self._refuse(captionless, imageless, config.skip_unreadable)
         kept = [i for i, file in enumerate(self.files) if file in texts]
         self.files, self.labels = [self.files[i] for i in kept], [self.labels[i] for i in kept]
+        self.sizes = self.sizes[kept]
         self.texts = [tuple(texts[file]) for file in self.files]
         self.fingerprint = hashlib.sha256(f"{self.fingerprint} {kept} {self.texts}".encode()).hexdigest()
 
@@ -49,7 +50,7 @@ class CaptionedFiles(ImageFiles):
 
     def _texts(self) -> dict[str, list[str]]:
         """{image: its captions}, blank ones left out."""
-        names = sorted(self._sizes())
+        names = sorted(self._bytes())
         tables = [name for name in names if PurePosixPath(name).name in TABLES]
         beside = [name for name in names if name.lower().endswith(".txt")]
         if len(tables) > 1 or not (tables or beside):

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from fid_imagegen.data.transforms import decode, more_than_8_bits
+from fid_imagegen.data.transforms import decode, more_than_8_bits, upright_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 UNREADABLE = (
@@ -52,14 +52,15 @@ class ImageFiles:
             )
         # One handle and one lock: `ZipFile.open` counts its readers without a lock of its own.
         self.zip, self.lock = None if self.path.is_dir() else _open_zip(self.path), threading.Lock()
-        sizes = self._sizes()
-        names = sorted(name for name in sizes if name.lower().endswith(SUFFIXES))
+        lengths = self._bytes()
+        names = sorted(name for name in lengths if name.lower().endswith(SUFFIXES))
         if not names:
             raise ValueError(
-                f"found no PNG, JPEG or WebP among {len(sizes)} files of {self.path}, expected names that end in "
+                f"found no PNG, JPEG or WebP among {len(lengths)} files of {self.path}, expected names that end in "
                 f"{', '.join(SUFFIXES)}; set config.data.path to a folder or a .zip with images"
             )
-        self.files = self._checked(names, config)
+        usable = self._usable(names, config)
+        self.files, self.sizes = list(usable), np.array(list(usable.values()), np.int32)
         common = os.path.commonpath([PurePosixPath(name).parent for name in self.files])
         inner = [PurePosixPath(name).relative_to(common) for name in self.files]
         labelled = all(len(name.parts) > 1 for name in inner)
@@ -67,7 +68,7 @@ class ImageFiles:
         self.num_classes = len(self.classes)
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = [number[name.parts[0]] if labelled else 0 for name in inner]
-        listing = [(str(name), sizes[file]) for name, file in zip(inner, self.files, strict=True)]
+        listing = [(str(name), lengths[file]) for name, file in zip(inner, self.files, strict=True)]
         self.fingerprint = hashlib.sha256(repr(listing).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -95,7 +96,7 @@ class ImageFiles:
             with self.lock, self.zip.open(name) as file:
                 yield file
 
-    def _sizes(self) -> dict[str, int]:
+    def _bytes(self) -> dict[str, int]:
         """{name: bytes} of every file, images or not, but for hidden ones."""
         if self.zip is None:
             found = {p.relative_to(self.path).as_posix(): p.stat().st_size for p in self.path.rglob("*") if p.is_file()}
@@ -103,24 +104,24 @@ class ImageFiles:
             found = {entry.filename: entry.file_size for entry in self.zip.infolist() if not entry.is_dir()}
         return {name: size for name, size in found.items() if not _hidden(name)}
 
-    def _checked(self, names: list[str], config) -> list[str]:
-        """The names without those that cannot be used; raises on them unless `skip_unreadable`."""
+    def _usable(self, names: list[str], config) -> dict[str, tuple[int, int]]:
+        """{name: (height, width)} without those that cannot be used; raises on them unless `skip_unreadable`."""
 
-        def problem(name: str) -> str | None:
+        def inspect(name: str) -> tuple[int, int] | str:
             try:
                 with self._open(name) as file, Image.open(file) as image:
                     if more_than_8_bits(image):
                         return f"{name}: pixel mode {image.mode}"
-                    width, height = image.size
+                    height, width = upright_size(image)
             except UNREADABLE as error:
                 return f"{name}: unreadable ({error})"
-            return f"{name}: {height}x{width} pixels" if min(width, height) < config.image_size else None
+            return f"{name}: {height}x{width} pixels" if min(height, width) < config.image_size else (height, width)
 
         with ThreadPoolExecutor() as pool:  # headers only: the time goes into waiting for the file system
-            problems = list(pool.map(problem, names))
-        bad = [found for found in problems if found]
+            found = dict(zip(names, pool.map(inspect, names), strict=True))
+        bad = [problem for problem in found.values() if isinstance(problem, str)]
         if not bad:
-            return names
+            return found
         listed = "; ".join(bad[:MAX_NAMED]) + (f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else "")
         summary = (
             f"found {len(bad)} of {len(names)} images in {self.path} unreadable or too small: {listed}; expected 8-bit "
@@ -131,7 +132,7 @@ class ImageFiles:
                 f"{summary}; fix or remove them, lower image_size, or set config.data.skip_unreadable=True"
             )
         logging.warning("%s; skipped.", summary)
-        return [name for name, found in zip(names, problems, strict=True) if found is None]
+        return {name: size for name, size in found.items() if not isinstance(size, str)}
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:

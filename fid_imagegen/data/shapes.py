@@ -254,6 +254,7 @@ class Shapes:
                 "captions name colours and sides; change config.data"
             )
         self.name, self.num_classes, self.size = "shapes", 0, config.image_size
+        self.sizes = np.broadcast_to([self.size, self.size], (COUNT, 2))
         self.fingerprint = hashlib.sha256(f"shapes 1 {SEED} {COUNT} {self.size}".encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -3,19 +3,23 @@
 `make_source(config)` is the only constructor; `SOURCES` is the table it reads.
 """
 
+import functools
 import hashlib
+import io
 import math
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from PIL import Image
 
 from fid_imagegen.data.captions import CaptionedFiles
 from fid_imagegen.data.image_files import ImageFiles
 from fid_imagegen.data.shapes import Shapes
-from fid_imagegen.data.transforms import decode, with_channels
+from fid_imagegen.data.transforms import decode, upright_size, with_channels
 from fid_imagegen.data.webdataset import Prepared
 
 
@@ -23,7 +27,7 @@ class Source(Protocol):
     """Random access to records; reading is thread-safe and has no state.
 
     `fingerprint` is a sha256 that changes when the data set does. `num_classes` is 0 for an unlabelled set, whose
-    labels are all 0.
+    labels are all 0. `sizes` holds the records' heights and widths in pixels, found without decoding pictures.
 
     A captioned source has one more method, `captions(index) -> tuple[str, ...]`, the texts of a record, one or more,
     read without its pixels; its records hold the same tuple as "captions".
@@ -32,6 +36,7 @@ class Source(Protocol):
     name: str
     num_classes: int
     fingerprint: str
+    sizes: Int[np.ndarray, "n 2"]
 
     def __len__(self) -> int: ...
 
@@ -56,6 +61,7 @@ class Arrays:
                 f"image_size={config.image_size}; lower image_size or enlarge the images"
             )
         self.name, self.images, self.channels = name, images, config.channels
+        self.sizes = np.broadcast_to([height, width], (len(images), 2))
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
         self.labels = np.zeros(len(images), np.int32) if labels is None else labels.astype(np.int32)
         digest = hashlib.sha256(f"{images.shape} {labels is not None}".encode())
@@ -127,6 +133,7 @@ class Synthetic:
             10,
             (config.image_size, config.image_size, config.channels),
         )
+        self.sizes = np.broadcast_to(self.shape[:2], (len(self), 2))
         self.fingerprint = hashlib.sha256(f"synthetic 1 {self.shape}".encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -197,6 +204,17 @@ class Tfds:
     def __len__(self) -> int:
         return len(self.records)
 
+    @functools.cached_property
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """By the headers of the pictures: TFDS notes no sizes, so that the whole set is read once."""
+
+        def read(index: int) -> tuple[int, int]:
+            with Image.open(io.BytesIO(self.records[index]["image"])) as image:
+                return upright_size(image)
+
+        with ThreadPoolExecutor() as pool:
+            return np.array(list(pool.map(read, range(len(self)))), np.int32)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         record = self.records[index]
         label = np.int32(record["label"] if self.labelled else 0)
@@ -236,6 +254,10 @@ class Part:
         self.fingerprint = hashlib.sha256(f"{source.fingerprint} {part}".encode()).hexdigest()
         if hasattr(source, "captions"):
             self.captions = lambda index: source.captions(int(indices[index]))
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        return self.source.sizes[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -3,8 +3,8 @@
 import io
 
 import numpy as np
-from jaxtyping import UInt8, UInt64
-from PIL import Image, ImageOps
+from jaxtyping import Bool, UInt8, UInt64
+from PIL import ExifTags, Image, ImageOps
 
 RESAMPLING = Image.Resampling.BICUBIC
 
@@ -17,6 +17,13 @@ def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "height width channe
     image = Image.open(io.BytesIO(data))
     ImageOps.exif_transpose(image, in_place=True)
     return with_channels(image, channels)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an opened file's picture as `decode` turns it, by its header alone."""
+    # `Image`'s own `getexif`: that of a PNG without orientation decodes all pixels to look for one behind them.
+    sideways = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4
+    return image.size if sideways else image.size[::-1]
 
 
 def with_channels(
@@ -46,36 +53,42 @@ def more_than_8_bits(image: Image.Image) -> bool:
 
 
 def resize_and_crop(
-    image: UInt8[np.ndarray, "height width channels"], size: int
-) -> UInt8[np.ndarray, "size size channels"]:
-    """Shrinks the shorter side to `size`, then cuts the centre square; identity for an image of that size.
+    image: UInt8[np.ndarray, "rows columns channels"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "height width channels"]:
+    """Shrinks the image until it just covers `size` = (height, width), then cuts the centre; identity for an image of that size.
 
     PIL's BICUBIC: its support grows with the reduction, so it is antialiased; it is the resize of CLIP and of clean-fid
-    and rings less at edges than LANCZOS. The longer side becomes round(longer * size / shorter), halves to even; the
-    crop starts at floor((longer - size) / 2).
+    and rings less at edges than LANCZOS. One side becomes that of `size`, the other keeps the aspect, rounded, halves to
+    even; the crop starts at floor of half of what is too much.
 
-    Errors: ValueError for a shorter side below `size`; nothing is enlarged silently.
+    Errors: ValueError for an image that does not cover `size`; nothing is enlarged silently.
     """
-    height, width, channels = image.shape
-    shorter = min(height, width)
-    if shorter < size:
+    (rows, columns, channels), (height, width) = image.shape, size
+    if rows < height or columns < width:
         raise ValueError(
-            f"found an image of {height}x{width} pixels, expected a shorter side of at least image_size={size}; "
-            "lower image_size or enlarge the images"
+            f"found an image of {rows}x{columns} pixels, expected at least {height}x{width}, as image_size or its bucket asks "
+            "for; lower image_size, change config.data.buckets or enlarge the images"
         )
-    if shorter > size:
-        height, width = round(height * size / shorter), round(width * size / shorter)
-        image = np.asarray(_picture(image).resize((width, height), RESAMPLING)).reshape(height, width, channels)
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]
+    if rows * width > columns * height:
+        fitted = round(rows * width / columns), width
+    else:
+        fitted = height, round(columns * height / rows)
+    if fitted != (rows, columns):
+        image = np.asarray(_picture(image).resize(fitted[::-1], RESAMPLING)).reshape(*fitted, channels)
+    top, left = (fitted[0] - height) // 2, (fitted[1] - width) // 2
+    return image[top : top + height, left : left + width]
 
 
 def random_flip(
     images_BHWC: UInt8[np.ndarray, "batch height width channels"], draws_B: UInt64[np.ndarray, "batch"]
 ) -> UInt8[np.ndarray, "batch height width channels"]:
-    """Mirrors left and right the images whose 64 random bits are odd, i.e. each with probability 1/2."""
-    mirrored_B = (draws_B % 2).astype(bool)
-    return np.where(mirrored_B[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC)
+    """Mirrors left and right the images that are `mirrored`."""
+    return np.where(mirrored(draws_B)[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC)
+
+
+def mirrored(draws_B: UInt64[np.ndarray, "batch"]) -> Bool[np.ndarray, "batch"]:
+    """Whether an image of these 64 random bits is mirrored: where they are odd, i.e. with probability 1/2."""
+    return draws_B % 2 == 1
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

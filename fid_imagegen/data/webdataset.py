@@ -1,9 +1,10 @@
-"""img2dataset's WebDataset tars -> a folder of ArrayRecord files with prepared.json beside them; and its source.
+"""img2dataset's WebDataset tars -> a folder of ArrayRecord files, with prepared.json and sizes.npy beside them; and its source.
 
 A record is one line of JSON, {"caption", "name", "punsafe", ...}, then the picture's file as it was in the tar.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -11,12 +12,14 @@ import json
 import os
 import shutil
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from jaxtyping import UInt32
 from PIL import Image
 
 from fid_imagegen.data.captions import listed
@@ -24,7 +27,7 @@ from fid_imagegen.data.filters import Duplicates, Filters, perceptual_hash, refu
 from fid_imagegen.data.image_files import UNREADABLE
 from fid_imagegen.data.transforms import decode
 
-FORMAT, MANIFEST = "fid_imagegen.prepared.1", "prepared.json"
+FORMAT, MANIFEST, SIZES = "fid_imagegen.prepared.1", "prepared.json", "sizes.npy"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 KEPT = ("url", "punsafe", "pwatermark", "aesthetic", "AESTHETIC_SCORE")  # of the metadata, for stricter choices later
 SHARD = 4096  # records
@@ -128,7 +131,7 @@ def _next(tar: tarfile.TarFile, size: int) -> tarfile.TarInfo | None:
 @dataclasses.dataclass(frozen=True)
 class _Inspected:
     record: bytes
-    side: int
+    size: tuple[int, int]  # height, width
     hash: int
 
 
@@ -148,7 +151,7 @@ def _inspect(sample: Sample | Corrupt, filters: Filters) -> _Inspected | Corrupt
     kept = {key: sample.metadata[key] for key in KEPT if key in sample.metadata}
     header = {"caption": sample.caption.strip(), "name": sample.name, **kept}
     record = json.dumps(header).encode() + b"\n" + sample.picture
-    return _Inspected(record, min(height, width), perceptual_hash(pixels))
+    return _Inspected(record, pixels.shape[:2], perceptual_hash(pixels))
 
 
 class _Shards:
@@ -156,9 +159,9 @@ class _Shards:
 
     def __init__(self, folder: Path):
         self.folder, self.name, self.writer = folder, "", None
-        self.counts, self.digest = {}, hashlib.sha256()
+        self.counts, self.digest, self.sizes = {}, hashlib.sha256(), array("I")
 
-    def write(self, record: bytes) -> None:
+    def write(self, record: bytes, size: tuple[int, int]) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter  # Linux only
 
         if self.writer is None or self.counts[self.name] == SHARD:
@@ -169,6 +172,7 @@ class _Shards:
         self.writer.write(record)
         self.counts[self.name] += 1
         self.digest.update(hashlib.sha256(record).digest())
+        self.sizes.extend(size)
 
     def close(self) -> None:
         if self.writer is not None:
@@ -204,7 +208,7 @@ def prepare(tars: Sequence[Path], out: Path, filters: Filters, *, max_corrupt: f
 
 
 def _prepare(tars: Sequence[Path], folder: Path, filters: Filters, max_corrupt: float) -> dict:
-    shards, seen, dropped, corrupt, smallest, read = _Shards(folder), Duplicates(), Counter(), [], filters.max_side, 0
+    shards, seen, dropped, corrupt, read = _Shards(folder), Duplicates(), Counter(), [], 0
     stream = itertools.chain.from_iterable(map(samples, tars))
     with ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(stream, CHUNK)):
@@ -216,8 +220,7 @@ def _prepare(tars: Sequence[Path], folder: Path, filters: Filters, max_corrupt: 
                 elif not seen.add(found.hash):
                     dropped["duplicate"] += 1
                 else:
-                    shards.write(found.record)
-                    smallest = min(smallest, found.side)
+                    shards.write(found.record, found.size)
             read += len(chunk)
             _check(corrupt, max(read, EARLY), max_corrupt)
     shards.close()
@@ -228,6 +231,7 @@ def _prepare(tars: Sequence[Path], folder: Path, filters: Filters, max_corrupt: 
             "missing score counts as the worst: for sets without scores set --max_punsafe=1 --max_pwatermark=1 "
             "--min_aesthetic=0"
         )
+    np.save(folder / SIZES, np.array(shards.sizes, np.uint32).reshape(-1, 2))
     return {
         "format": FORMAT,
         "fingerprint": shards.digest.hexdigest(),
@@ -236,7 +240,7 @@ def _prepare(tars: Sequence[Path], folder: Path, filters: Filters, max_corrupt: 
         "kept": sum(shards.counts.values()),
         "dropped": dict(dropped),
         "corrupt": corrupt,
-        "smallest_side": smallest,
+        "smallest_side": min(shards.sizes),
         "shards": shards.counts,
     }
 
@@ -258,8 +262,8 @@ class Prepared:
     """
 
     def __init__(self, config):
-        folder, self.channels = Path(config.path), config.channels
-        self.name, self.num_classes = f"prepared:{folder.name}", 0
+        self.folder = folder = Path(config.path)
+        self.name, self.num_classes, self.channels = f"prepared:{folder.name}", 0, config.channels
         if not config.path or not (folder / MANIFEST).is_file():
             raise FileNotFoundError(
                 f"found no {MANIFEST} at path={config.path!r}, expected a folder of `python -m fid_imagegen.prepare`; "
@@ -275,10 +279,19 @@ class Prepared:
                 f"found pictures with a side of {manifest['smallest_side']} pixels in {folder}, expected at least "
                 f"image_size={config.image_size}; lower image_size or prepare with --min_side={config.image_size}"
             )
-        self.records, self.fingerprint = _open(folder, manifest["shards"]), manifest["fingerprint"]
+        self.records, self.fingerprint = open_shards(folder, manifest["shards"]), manifest["fingerprint"]
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @functools.cached_property
+    def sizes(self) -> UInt32[np.ndarray, "n 2"]:
+        """FileNotFoundError for a folder of before sizes were noted."""
+        if not (self.folder / SIZES).is_file():
+            raise FileNotFoundError(
+                f"found no {SIZES} in {self.folder}, expected one; copy it too, or prepare the set again"
+            )
+        return np.load(self.folder / SIZES)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         header, picture = self._record(index)
@@ -298,7 +311,8 @@ class Prepared:
         return json.loads(header), picture
 
 
-def _open(folder: Path, shards: dict[str, int]):
+def open_shards(folder: Path, shards: dict[str, int]):
+    """The records of {file: its number of records} in order, by number; ValueError names files that are not whole."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource  # Linux only
 
     problems = []

@@ -13,10 +13,16 @@ TASKS = {
     "stage_b": StageBTask,
     "stage_c": StageCTask,
 }
+BUCKETED = ("stage_b", "stage_c")  # what can train on pictures of several shapes
 
 
 def build(config):
     """The task of a resolved config. ValueError names what is unknown or does not fit."""
     if config.task not in TASKS:
         raise ValueError(f"found task {config.task!r}, expected one of {sorted(TASKS)}; change config.task")
+    if config.data.buckets and config.task not in BUCKETED:
+        raise ValueError(
+            f"found buckets {config.data.buckets} for task {config.task!r}, which trains on squares, expected none; set "
+            "config.data.buckets=()"
+        )
     return TASKS[config.task](config)

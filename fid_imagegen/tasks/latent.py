@@ -1,6 +1,7 @@
 """What Stages B and C share: a denoiser of latents with a prediction form, its loss, and its one sampling path."""
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from fid_imagegen.data import buckets
 from fid_imagegen.diffusion import cosine, guidance, targets
 from fid_imagegen.diffusion.noise import example_keys, example_normal
 
@@ -90,11 +92,22 @@ def unit(images: Array) -> Float[Array, "batch height width channels"]:
     return images.astype(jnp.float32) / 255
 
 
-def resized(images: Images, size: int) -> Images:
-    """Square images at `size`, antialiased bilinear as the authors' preprocessing; the same object at their own size."""
-    if images.shape[1] == size:
+def compressor_ratio(config) -> Fraction:
+    """What the compressor sees of an image, along each side. ValueError for a bucket of which it sees no whole pixels."""
+    seen, size = config.compressor.size, config.data.image_size
+    ratio = Fraction(seen, size)
+    buckets.check_multiples(config.data, ratio.denominator, f"of {size} pixels the compressor sees {seen}")
+    return ratio
+
+
+def resized(images: Images, ratio: Fraction) -> Images:
+    """Both sides times `ratio`, antialiased bilinear as the authors' preprocessing; the same object for a ratio of 1."""
+    if ratio == 1:
         return images
-    return jax.image.resize(images, (images.shape[0], size, size, images.shape[3]), "bilinear", antialias=True)
+    batch, *sides, channels = images.shape
+    return jax.image.resize(
+        images, (batch, *(int(side * ratio) for side in sides), channels), "bilinear", antialias=True
+    )
 
 
 def variables(groups: Mapping, name: str) -> dict:

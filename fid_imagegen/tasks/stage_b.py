@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
+from fid_imagegen.data import buckets
 from fid_imagegen.diffusion import cosine
 from fid_imagegen.diffusion.noise import example_keys, example_normal
 from fid_imagegen.models.wuerstchen.compressor import build_compressor
 from fid_imagegen.models.wuerstchen.stage_b import StageB
-from fid_imagegen.tasks.latent import LatentDenoiser, chance, resized, split, unit, variables
+from fid_imagegen.tasks.latent import LatentDenoiser, chance, compressor_ratio, resized, split, unit, variables
 from fid_imagegen.tasks.stage_a import build_vqgan
 from fid_imagegen.tasks.text import TextSide, drop_text, no_text
 
@@ -28,7 +29,7 @@ class StageBTask:
     def __init__(self, config):
         self.config = config
         self.vqgan = build_vqgan(config.vqgan)
-        self.compressor = build_config_compressor(config.compressor)
+        self.compressor, self.ratio = build_config_compressor(config.compressor), compressor_ratio(config)
         self.text = TextSide(config.text)
         fields = {
             name: tuple(value) if isinstance(value, list | tuple) else value for name, value in config.model.items()
@@ -38,6 +39,8 @@ class StageBTask:
         self.denoiser = LatentDenoiser(StageB(**fields), config.form)
         compressor = ("compressor",) if self.uses_latents else ()
         self.trained = ("stage_b", *compressor, *self.text.trained)
+        step = self.vqgan.stride * fields["patch_size"] * 2 ** (len(fields["c_hidden"]) - 1)
+        buckets.check_multiples(config.data, step, "the stride of Stage A, the patches and the halvings of Stage B")
 
     def tokenizer(self, source, path):
         """The text encoder's, if there is one."""
@@ -94,7 +97,7 @@ class StageBTask:
 
     def compress(self, groups, images: Float[Array, "batch height width channels"]) -> Array:
         """The compressor's latents of images in [0, 1], as it is used: without a training step."""
-        small = resized(images, self.config.compressor.size)
+        small = resized(images, self.ratio)
         stats = {"batch_stats": groups["compressor_stats"]["batch_stats"]}
         return self.compressor.apply({"params": groups["compressor"], **stats}, small, False)
 
@@ -138,7 +141,7 @@ class StageBTask:
         stats = model_state["compressor_stats"]
         latents, changed = self.compressor.apply(
             {"params": groups["compressor"], "batch_stats": stats["batch_stats"]},
-            resized(unit(images), self.config.compressor.size),
+            resized(unit(images), self.ratio),
             True,
             rngs={"dropout": key},
             mutable=["batch_stats"],

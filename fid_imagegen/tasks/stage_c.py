@@ -12,9 +12,9 @@ from fid_imagegen.diffusion.noise import example_keys
 from fid_imagegen.models.wuerstchen.compressor import PUBLISHED
 from fid_imagegen.models.wuerstchen.stage_c import StageC
 from fid_imagegen.models.wuerstchen.stage_c_dit import StageCTransformer
-from fid_imagegen.tasks.latent import LatentDenoiser, chance, resized, split, unit
+from fid_imagegen.tasks.latent import LatentDenoiser, chance, compressor_ratio, resized, split, unit
 from fid_imagegen.tasks.stage_b import build_config_compressor
-from fid_imagegen.tasks.text import TextSide, drop_text, no_text
+from fid_imagegen.tasks.text import TextSide, no_text
 
 NETWORKS = {"convnext": StageC, "transformer": StageCTransformer}
 
@@ -27,7 +27,7 @@ class StageCTask:
 
     def __init__(self, config):
         self.config = config
-        self.compressor = build_config_compressor(config.compressor)
+        self.compressor, self.ratio = build_config_compressor(config.compressor), compressor_ratio(config)
         self.text = TextSide(config.text)
         fields = dict(config.model)
         name = fields.pop("network")
@@ -43,7 +43,7 @@ class StageCTask:
     @property
     def stride(self) -> Fraction:
         """Pixels of the training images per latent position, along each side: 128/3 in the public model."""
-        return Fraction(self.config.data.image_size * self.compressor.stride, self.config.compressor.size)
+        return self.compressor.stride / self.ratio
 
     def tokenizer(self, source, path):
         """The text encoder's."""
@@ -69,21 +69,37 @@ class StageCTask:
         return self.text.init(keys[1]) | {"stage_c": made["params"]}, {}
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
-        """Mean loss of {"image": uint8 NHWC, "tokens", "mask", "row": [B]}: (loss, (model_state, metrics))."""
+        """Mean loss of {"image": uint8 NHWC, "tokens", "mask", "row": [B]}: (loss, (model_state, metrics)).
+
+        Cached features stand in place of what they are made of: "latents", the compressor's own, of "image", and "text" of
+        "tokens" and "mask".
+        """
         noise_key, net_key = jax.random.split(key)
         loss_key, drop_key = split(example_keys(noise_key, batch["row"]), 2)
-        x0 = jax.lax.stop_gradient(self.latents(groups, unit(batch["image"])))
-        text = self.text.encode(groups, *drop_text(batch, chance(drop_key, self.config.text_dropped)))
+        raw = batch["latents"] if "latents" in batch else self.compress(groups, unit(batch["image"]))
+        x0 = jax.lax.stop_gradient(self.scaled(groups, raw))
+        text = self.text.features(groups, batch, chance(drop_key, self.config.text_dropped))
         loss_B = self.denoiser.loss(groups["stage_c"], x0, (text,), keys_B=loss_key, key=net_key)
         return jnp.mean(loss_B), (model_state, {"latent_deviation": jnp.std(x0)})
 
     def latents(self, groups, images: Float[Array, "batch height width channels"]) -> Array:
         """Images in [0, 1] -> latents at Stage C's scale."""
-        small = resized(images, self.config.compressor.size)
+        return self.scaled(groups, self.compress(groups, images))
+
+    def compress(self, groups, images: Float[Array, "batch height width channels"]) -> Array:
+        """Images in [0, 1] -> the compressor's latents."""
+        small = resized(images, self.ratio)
         stats = {"batch_stats": groups["compressor_stats"]["batch_stats"]}
-        made = self.compressor.apply({"params": groups["compressor"], **stats}, small, False)
+        return self.compressor.apply({"params": groups["compressor"], **stats}, small, False)
+
+    def feature_key(self, tokenizer) -> dict:
+        """What cached features depend on, beside data and weights: JSON types."""
+        return {"compressor": self.config.compressor.to_dict()} | self.text.feature_key(tokenizer)
+
+    def scaled(self, groups, latents: Float[Array, "batch rows columns channels"]) -> Array:
+        """The compressor's latents -> those at Stage C's scale."""
         mean, deviation = self._scale(groups)
-        return (made - mean) / deviation
+        return (latents - mean) / deviation
 
     def unscaled(self, groups, latents: Float[Array, "batch rows columns channels"]) -> Array:
         """Latents at Stage C's scale -> the compressor's, which Stage B reads."""
@@ -100,8 +116,10 @@ class StageCTask:
     def preview(self, groups, batch) -> dict[str, Array]:
         """First three channels of each image's latents beside those sampled for its caption, +-3 deviations as black to white."""
         truth = self.latents(groups, unit(batch["image"]))
-        cond = self.condition(groups, batch["tokens"], batch["mask"], None, guided=True)
         sampling, count = self.config.sampling, truth.shape[0]
+        none = jnp.zeros(count, bool)
+        text = jnp.concatenate([self.text.features(groups, batch, dropped) for dropped in (none, ~none)])
+        cond = self.denoiser.condition(groups["stage_c"], text)
         made = self.denoiser.sample(
             groups["stage_c"],
             cond,

@@ -1,5 +1,6 @@
 """The text side of a task: its tokenizer, its encoder, and what stands for no text."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from fid_imagegen.interop.clip import load_clip
 from fid_imagegen.models.text.clip import TOWERS, CLIPTextEncoder
 from fid_imagegen.models.text.small import SmallTextEncoder
 
-GROUP = "text"
+GROUP, EMPTY = "text", "empty_text"
 Batch = Mapping[str, Array]
 
 
@@ -78,6 +79,21 @@ class TextSide:
     ) -> Float[Array, "batch tokens features"]:
         """One vector a token."""
         return self.model.apply({"params": groups[GROUP]}, tokens_BT, mask_BT)["tokens"]
+
+    def features(
+        self, groups: Mapping, batch: Batch, dropped_B: Bool[Array, "batch"]
+    ) -> Float[Array, "batch tokens features"]:
+        """One vector a token, the empty text's where `dropped_B`: of a batch's tokens, or its cached "text"."""
+        if "text" in batch:
+            return jnp.where(dropped_B[:, None, None], groups[EMPTY]["tokens"], batch["text"])
+        return self.encode(groups, *drop_text(batch, dropped_B))
+
+    def feature_key(self, tokenizer: Tokenizer) -> dict:
+        """What a frozen encoder's cached features depend on, beside its weights: JSON types."""
+        if self.trained:
+            return {"text": None, "tokenizer": None}
+        digest = hashlib.sha256(tokenizer.json().encode()).hexdigest()
+        return {"text": {name: self.config[name] for name in ("encoder", "dtype")}, "tokenizer": digest}
 
 
 def no_text(tokens_BT: Int[Array, "batch tokens"]) -> tuple[Int[Array, "batch tokens"], Bool[Array, "batch tokens"]]:

@@ -19,13 +19,16 @@ from etils import epath
 from tqdm import tqdm
 
 from fid_imagegen import tasks
-from fid_imagegen.data import pipeline, sources
+from fid_imagegen.data import buckets, pipeline, sources
+from fid_imagegen.data.features import Features
 from fid_imagegen.interop.safetensors_io import save_tree
 from fid_imagegen.models.rendering import quantise
 from fid_imagegen.parallel import mesh as meshes
 from fid_imagegen.parallel import sharding
+from fid_imagegen.tasks import text
 from fid_imagegen.training import ema, optimizer, runs, state, warm_start, writers
 from fid_imagegen.training.checkpoint import Checkpoints
+from fid_imagegen.training.features import feature_key
 from fid_imagegen.training.preemption import Preemption
 
 Evaluator = Callable[[object, dict], Mapping[str, float]]
@@ -45,6 +48,8 @@ class Run:
         self.task = tasks.build(config)
         self.optimizers = optimizer.build_all(config, self.task.trained)
         self.source = sources.make_source(config.data)
+        # Records too small for their bucket should show before anything is written.
+        buckets.assigned(self.source, config.data)
         self.tokenizer = self.task.tokenizer(self.source, self.workdir / "tokenizer.json")
         self._check_labels()
         self.key = jax.random.key(config.seed)
@@ -57,7 +62,8 @@ class Run:
         if self.tokenizer and jax.process_index() == 0:
             runs.write_whole(self.workdir / "tokenizer.json", self.tokenizer.json())
         for name, digest in self.frozen_hashes.items():
-            _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", self.frozen[name])
+            tree = (self.frozen | self.idle)[name]
+            _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", tree)
 
     def _check_labels(self):
         classes = self.task.num_classes
@@ -72,6 +78,9 @@ class Run:
         warm_start.check_names(init, frozen | dict.fromkeys(self.task.trained))
         self.frozen = jax.device_put(_whole(warm_start.fill(frozen, init, self.workdir)), meshes.replicated(self.mesh))
         self.frozen_hashes = {name: _hash(tree) for name, tree in self.frozen.items()}
+        self.features, self.idle = None, {}  # idle: frozen groups that no step needs, on the host
+        if self.config.data.features:
+            self._use_features()
         decays = self.config.ema_decays
         self.abstract = jax.eval_shape(lambda key: state.create(self.task, self.optimizers, decays, key), self.key)
         self.shardings = sharding.resolve(
@@ -81,6 +90,15 @@ class Run:
         self.step = state.compile_step(
             self.task, self.optimizers, self.config, self.mesh, self.shardings, self.batch_sharding
         )
+
+    def _use_features(self):
+        """Opens the cached features. A text encoder whose work they hold makes room: only previews still need it."""
+        wanted, self.features = feature_key(self), Features(self.config.data.features)
+        self.features.check(wanted)
+        if self.features.empty_text is not None:
+            self.idle[text.GROUP] = jax.tree.map(np.asarray, self.frozen.pop(text.GROUP))
+            empty = {"tokens": jnp.asarray(self.features.empty_text)}
+            self.frozen[text.EMPTY] = jax.device_put(empty, meshes.replicated(self.mesh))
 
     @property
     def meta(self) -> dict:
@@ -130,6 +148,7 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             tokenize=self._tokenize if self.tokenizer else None,
+            features=self.features,
         )
         for batch in rows:
             arrays = {name: rows for name, rows in batch.items() if name not in ("index", "caption")}
@@ -149,6 +168,9 @@ class Run:
         }
         if self.tokenizer:
             batch |= self._tokenize([source.captions(index)[0] for index in indices])
+        if text.GROUP in self.idle:
+            encode = jax.jit(self.task.text.encode, out_shardings=meshes.replicated(self.mesh))
+            batch["text"] = encode(self.idle, batch.pop("tokens"), batch.pop("mask"))
         return jax.tree.map(jnp.asarray, batch)
 
 

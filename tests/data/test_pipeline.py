@@ -185,7 +185,7 @@ def test_an_open_iterator_does_not_hold_up_the_end_of_the_program():
     program = """
 from types import SimpleNamespace
 from fid_imagegen.data import pipeline, sources
-config = SimpleNamespace(source="synthetic", image_size=8, channels=1, flip=True, holdout_every=0)
+config = SimpleNamespace(source="synthetic", image_size=8, buckets=(), channels=1, flip=True, holdout_every=0)
 iterator = pipeline.batches(sources.make_source(config), config, seed=0, batch_size=8)
 next(iterator)
 """
