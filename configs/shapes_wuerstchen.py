@@ -16,23 +16,28 @@ def get_config(arg: str = ""):
     """Three small stages in sequence: 20 to 30 minutes on 2 cores."""
     config = wuerstchen.base()
     for stage in wuerstchen.STAGES:
-        config[stage].data.update({"source": "shapes", "image_size": SIZE})
-        config[stage].update({"batch_size": 64, "ema_decays": (0.995,)})
-        config[stage].checkpoint.every = config[stage].log.sample_every = 500
-        config[stage].log.every = 20
-        for group in config[stage].optimizers:
-            config[stage].optimizers[group] = common.optimizer(
-                "adam", 2e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
-            )
+        laptop(config[stage])
     tokenizer(config.stage_a)
     decoder(config.stage_b)
     prior(config.stage_c)
-    return common.finish(config, arg, {"runlocal": runlocal})
+    return common.finish(config, arg, VARIANTS)
 
 
 def get_sweep():
     """Named sweeps: lists of overrides."""
     return wuerstchen.get_sweep()
+
+
+def laptop(config):
+    """What the stages have in common."""
+    config.data.update({"source": "shapes", "image_size": SIZE})
+    config.update({"batch_size": 64, "ema_decays": (0.995,)})
+    config.checkpoint.every = config.log.sample_every = 500
+    config.log.every = 20
+    for group in config.optimizers:
+        config.optimizers[group] = common.optimizer(
+            "adam", 2e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
+        )
 
 
 def tokenizer(config):
@@ -76,9 +81,65 @@ def prior(config):
     config.num_steps = 3000
 
 
+def b_text(config):
+    """Stage B with a text encoder of its own beside the compressor."""
+    b, text = config.stage_b, config.stage_c.text
+    wuerstchen.small_text(b, length=text.length, width=text.width)
+    b.text.update(text)
+    b.model.update({"clip_embd": text.width, "c_cond": text.width})
+    b.disturbance.text_dropped = config.stage_c.text_dropped
+
+
+def text_only(config):
+    """The baseline: Stage B on text alone, for as many steps as B and C together."""
+    wuerstchen.text_only(config)
+    b_text(config)
+
+
+def transformer(config):
+    """Stage C as a Transformer of about as many parameters."""
+    width = config.stage_c.text.width
+    wuerstchen.transformer(config)
+    config.stage_c.model.update({"width": width, "text_width": width, "depth": 4, "heads": 4})
+
+
+def previewer(config):
+    """A previewer of Stage C's latents too, at the size of the images."""
+    wuerstchen.with_previewer(config)
+    laptop(config.previewer)
+    config.previewer.compressor.update(COMPRESSOR)
+    config.previewer.model.widths = (128, 64, 64, 32, 32)
+    config.previewer.objective.perceptual = "laplacian"
+    config.previewer.num_steps = 600
+
+
+def ldm(config):
+    """The baseline LDM on Stage A's latents, for as many steps as B and C together."""
+    b, c, text = config.stage_b, config.stage_c, config.stage_c.text
+    wuerstchen.only_ldm(config)
+    wuerstchen.on_stage_a(config)
+    laptop(config.ldm)
+    config.ldm.model.update({"widths": (64, 128), "heads": (2, 4), "blocks": (1, 2), "text_width": text.width})
+    config.ldm.model.update({"dropout": 0.0, "remat": False, "unroll": True, "dtype": "float32"})
+    wuerstchen.small_text(config.ldm, length=text.length, width=text.width)
+    config.ldm.text.update(text)
+    config.ldm.update({"text_dropped": c.text_dropped, "form": c.form, "num_steps": b.num_steps + c.num_steps})
+    config.ldm.sampling.update(c.sampling)
+
+
 def runlocal(config):
-    """A minute: it shows that the three stages run, nothing more."""
-    for stage in wuerstchen.STAGES:
+    """A minute: it shows that the stages run, nothing more."""
+    for stage in config.stages:
         config[stage].update({"num_steps": 8, "batch_size": 8})
         config[stage].checkpoint.every = config[stage].log.sample_every = 4
         config[stage].log.update({"every": 2, "num_samples": 4})
+
+
+VARIANTS = {
+    "b_text": b_text,
+    "text_only": text_only,
+    "transformer": transformer,
+    "previewer": previewer,
+    "ldm": ldm,
+    "runlocal": runlocal,
+}

@@ -2,8 +2,10 @@
 
     python -m fid_imagegen.train --config configs/wuerstchen.py --workdir runs/wuerstchen --config.stage_c.data.path=...
 
-A config holds a whole config for each stage; `stages` says which are trained, in order. Published: 24,602 A100-hours for Stage C,
-11,000 for Stage B. Not yet reproduced.
+Variants: `paper`, `transformer`, `b_no_text`, `previewer`; of baselines `ldm` and `text_only`; `runlocal` of any of them.
+
+A config holds a whole config for each stage; `stages` says which are trained, in order. Published: 24,602 A100-hours for
+Stage C, 11,000 for Stage B. Not yet reproduced.
 """
 
 from ml_collections import ConfigDict
@@ -21,10 +23,19 @@ VQGAN = {
     "unroll": False,
     "dtype": "float32",
 }
+# Stable Diffusion 1's and 2's first stage, f8.
+AUTOENCODER = {
+    "in_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "dtype": "float32",
+}
 # Stage B's compressor sees half-size images in the first phase: 384 of 512 pixels.
 COMPRESSOR = {"name": "efficientnet_v2_s", "size": 384, "stride": 32, "widths": (), "channels": 16, "dtype": "float32"}
 TEXT = {
-    "encoder": "bigG",  # none, small, H, bigG
+    "encoder": "bigG",  # none, small, L, H, bigG
     "tokenizer": "",  # CLIP's: a tokenizer.json or a folder with its files
     "weights": "",  # CLIP's: a safetensors file or a folder with one
     "vocabulary": 1024,  # the rest: small
@@ -106,6 +117,47 @@ def stage_c() -> ConfigDict:
     return config
 
 
+def previewer() -> ConfigDict:
+    """Images of 192 px from 24x24 latents; the authors state its layers, not how it is trained."""
+    config = common.training("previewer")
+    config.data.image_size = 1024  # of which the compressor sees 768 pixels
+    config.model = ConfigDict({"widths": (512, 256, 128, 128), "dtype": "float32"})
+    config.compressor = ConfigDict(COMPRESSOR | {"size": 768})
+    config.latent_scale = "statistics"
+    config.objective = ConfigDict({"mse": 1.0, "perceptual": "lpips", "perceptual_weight": 0.1})
+    config.lpips = ConfigDict({"vgg16": "vgg16-397923af.pth", "heads": "lpips_v0.1_linear_heads.npz"})
+    config.num_steps, config.batch_size = 100_000, 128
+    config.optimizers.previewer = common.optimizer("adamw", 1e-4, weight_decay=0.01)
+    config.init.previewer = ""
+    config.init.compressor = "../stage_b"
+    config.sharding.rules = RULES
+    return config
+
+
+def ldm() -> ConfigDict:
+    """The baseline of App. E.4: 1,500,000 steps of 1,280 images of 512 px; 0.99 B parameters, 25,000 A100-hours, FID 43.5.
+
+    Its form and sampling are not stated: those of the published Stage C.
+    """
+    config = common.training("ldm")
+    config.data.image_size = 512
+    config.model = ConfigDict({"widths": (320, 640, 1280, 1280), "heads": (5, 10, 20, 20), "blocks": (2, 4, 14, 4)})
+    config.model.update({"text_width": 768, "level_width": 64, "dropout": 0.1, "remat": True, "unroll": False})
+    config.model.dtype = "bfloat16"
+    # weights: the folder vae of a Stable Diffusion repository holds them, as diffusion_pytorch_model.safetensors
+    config.first_stage = ConfigDict({"network": "kl", "scaling_factor": 0.18215, "weights": "", **AUTOENCODER})
+    config.text = ConfigDict(TEXT | {"encoder": "L"})
+    config.text_dropped = 0.05
+    config.form = "eps_ab"
+    config.sampling = ConfigDict({"steps": 60, "guidance": 8.0})
+    config.num_steps, config.batch_size = 1_500_000, 1280
+    config.ema_decays = (0.999,)
+    config.optimizers.ldm = common.optimizer("adamw", 1e-4, warmup_steps=10_000, weight_decay=0.01, grad_clip=1.0)
+    config.init.ldm = ""
+    config.sharding.rules = RULES
+    return config
+
+
 def base() -> ConfigDict:
     """The three stages."""
     return ConfigDict({"stages": STAGES, "stage_a": stage_a(), "stage_b": stage_b(), "stage_c": stage_c()})
@@ -117,6 +169,50 @@ def paper(config: ConfigDict) -> None:
     config.stage_c.sampling.guidance = 8.0
 
 
+def transformer(config: ConfigDict) -> None:
+    """Stage C as a Transformer of as many parameters, within 1 %."""
+    model = {"network": "transformer", "channels": 16, "width": 1536, "text_width": 1280, "depth": 19, "heads": 24}
+    kept = {name: config.stage_c.model[name] for name in ("dropout", "remat", "unroll", "dtype")}
+    config.stage_c.model = ConfigDict(model | kept)
+
+
+def b_no_text(config: ConfigDict) -> None:
+    """Stage B on the compressor's latents alone, which the paper's App. J finds as good."""
+    config.stage_b.text.encoder = "none"
+
+
+def text_only(config: ConfigDict) -> None:
+    """The baseline that the paper's reviewers asked for: Stage B's network without a compressor, sampled as Stage C is.
+
+    It sees as many images as B and C together: of the published sizes 1.7 times their FLOPs.
+    """
+    b, c = config.stage_b, config.stage_c
+    config.stages = ("stage_a", "stage_b")
+    b.model.inject_effnet = (False,) * len(b.model.inject_effnet)
+    b.num_steps += c.num_steps * c.batch_size // b.batch_size
+    b.sampling.update(c.sampling)
+    del b.optimizers.compressor, b.init.compressor
+
+
+def with_previewer(config: ConfigDict) -> None:
+    """The three stages and a previewer of Stage C's latents."""
+    config.previewer = previewer()
+    config.stages = ("stage_a", "stage_b", "previewer", "stage_c")
+
+
+def only_ldm(config: ConfigDict) -> None:
+    """The baseline LDM in the place of the three stages."""
+    config.ldm = ldm()
+    config.stages = ("ldm",)
+
+
+def on_stage_a(config: ConfigDict) -> None:
+    """The baseline LDM on Stage A's latents, where no public autoencoder is at hand."""
+    config.stages = ("stage_a", "ldm")
+    config.ldm.first_stage = ConfigDict({"network": "vqgan", "scaling_factor": 1.0, **config.stage_a.model})
+    config.ldm.init.vqgan = "../stage_a"
+
+
 def small_text(stage: ConfigDict, *, length: int, width: int) -> None:
     """A text encoder trained with the stage, on the set's own captions."""
     stage.text.update({"encoder": "small", "length": length, "width": width})
@@ -125,33 +221,85 @@ def small_text(stage: ConfigDict, *, length: int, width: int) -> None:
 
 
 def runlocal(config: ConfigDict) -> None:
-    """A minute on procedural scenes: it shows that the three stages run, nothing more."""
-    for stage in STAGES:
+    """A minute on procedural scenes: it shows that the stages run, nothing more."""
+    for name, shrink in TINY.items():
+        if name in config:
+            shrink(config[name])
+    if "ldm" in config:
+        on_stage_a(config)
+    for stage in config.stages:
         config[stage].update({"num_steps": 8, "batch_size": 8, "accumulate": 1})
         config[stage].data.update({"source": "shapes", "image_size": 64})
         config[stage].checkpoint.every = config[stage].log.sample_every = 4
         config[stage].log.update({"every": 2, "num_samples": 4})
-    vqgan = {"levels": (16, 32), "bottleneck_blocks": 1, "codebook_size": 64}
-    compressor = {"name": "conv", "size": 64, "stride": 16, "widths": (8, 16, 32, 32)}
-    config.stage_a.model.update(vqgan)
-    config.stage_a.discriminator.widths = (8, 16, 32)
-    config.stage_a.objective.perceptual = "laplacian"
-    config.stage_b.vqgan.update(vqgan)
-    config.stage_b.compressor.update(compressor)
-    config.stage_c.compressor.update(compressor)
-    config.stage_b.model.update(
-        {"c_hidden": (16, 32), "nhead": (-1, 2), "blocks": (1, 2), "level_config": ("CT", "CTA")}
-    )
-    config.stage_b.model.update({"inject_effnet": (False, True), "c_cond": 32, "dtype": "float32"})
-    config.stage_b.text.encoder = "none"
-    config.stage_c.model.update({"c": 32, "c_cond": 32, "depth": 2, "nhead": 2, "dtype": "float32"})
-    config.stage_c.sampling.steps = 4
-    small_text(config.stage_c, length=16, width=32)
+
+
+TINY_VQGAN = {"levels": (16, 32), "bottleneck_blocks": 1, "codebook_size": 64}
+TINY_COMPRESSOR = {"name": "conv", "size": 64, "stride": 16, "widths": (8, 16, 32, 32)}
+
+
+def _tiny_a(config: ConfigDict) -> None:
+    config.model.update(TINY_VQGAN)
+    config.discriminator.widths = (8, 16, 32)
+    config.objective.perceptual = "laplacian"
+
+
+def _tiny_b(config: ConfigDict) -> None:
+    config.vqgan.update(TINY_VQGAN)
+    config.compressor.update(TINY_COMPRESSOR)
+    latents = any(config.model.inject_effnet)
+    config.model.update({"c_hidden": (16, 32), "nhead": (-1, 2), "blocks": (1, 2), "level_config": ("CT", "CTA")})
+    config.model.update({"inject_effnet": (False, latents), "c_cond": 32, "clip_embd": 32, "dtype": "float32"})
+    config.text.encoder = "none"
+    if not latents:
+        small_text(config, length=16, width=32)
+
+
+def _tiny_c(config: ConfigDict) -> None:
+    config.compressor.update(TINY_COMPRESSOR)
+    sizes = {
+        "convnext": {"c": 32, "c_cond": 32, "nhead": 2},
+        "transformer": {"width": 32, "text_width": 32, "heads": 2},
+    }
+    config.model.update(sizes[config.model.network] | {"depth": 2, "dtype": "float32"})
+    config.sampling.steps = 4
+    small_text(config, length=16, width=32)
+
+
+def _tiny_previewer(config: ConfigDict) -> None:
+    config.compressor.update(TINY_COMPRESSOR)
+    config.model.widths = (16, 16, 16, 16)
+    config.objective.perceptual = "laplacian"
+
+
+def _tiny_ldm(config: ConfigDict) -> None:
+    config.model.update({"widths": (16, 32), "heads": (1, 2), "blocks": (1, 1), "text_width": 32, "level_width": 16})
+    config.model.dtype = "float32"
+    config.sampling.steps = 4
+    small_text(config, length=16, width=32)
+
+
+TINY = {
+    "stage_a": _tiny_a,
+    "stage_b": _tiny_b,
+    "stage_c": _tiny_c,
+    "previewer": _tiny_previewer,
+    "ldm": _tiny_ldm,
+}
+VARIANTS = {
+    "paper": paper,
+    "transformer": transformer,
+    "b_no_text": b_no_text,
+    "previewer": with_previewer,
+    "ldm": only_ldm,
+    "text_only": text_only,
+    "runlocal": runlocal,
+}
 
 
 def get_config(arg: str = ""):
     """Large text-image sets: `v` for Stage C, latents scaled by their statistics. `paper`: as published."""
-    return common.finish(base(), arg, {"paper": paper, "runlocal": runlocal})
+    return common.finish(base(), arg, VARIANTS)
 
 
 def get_sweep():

@@ -8,6 +8,7 @@ _PUBLIC = {
     "ImageFunctionPipeline": "fid_imagegen.pipelines",
     "RenderableFunctions": "fid_imagegen.pipelines",
     "WuerstchenPipeline": "fid_imagegen.pipelines",
+    "LatentDiffusionPipeline": "fid_imagegen.pipelines",
     "ImageFunctions": "fid_imagegen.models.image_function",
     "FunctionGenerator": "fid_imagegen.models.function_generator",
 }

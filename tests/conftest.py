@@ -157,10 +157,10 @@ def stop_at(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def random_stages(tmp_path_factory):
-    """The stages of `configs/wuerstchen.py:runlocal` as exported folders, all weights random: heads start at zero otherwise."""
+def random_model(tmp_path_factory):
+    """random_model(variant) -> stages of `configs/wuerstchen.py:runlocal`, exported, all weights random: heads start at zero."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from configs import wuerstchen
     from fid_imagegen import tasks
@@ -168,15 +168,27 @@ def random_stages(tmp_path_factory):
     from fid_imagegen.interop.safetensors_io import save_tree
     from fid_imagegen.training import runs
 
-    root, config = tmp_path_factory.mktemp("model"), wuerstchen.get_config("runlocal")
-    for number, stage in enumerate(config.stages):
-        params, stats = jax.jit(tasks.build(config[stage]).init)(jax.random.key(number))
-        groups = {name: tree for name, tree in (params | stats).items() if "discriminator" not in name}
-        leaves, tree = jax.tree.flatten(groups)
-        keys = jax.random.split(jax.random.key(10 + number), len(leaves))
-        noisy = [x + 0.05 * jnp.abs(jax.random.normal(key, x.shape)) for x, key in zip(leaves, keys, strict=True)]
-        runs.write_config(root / stage, config[stage])
-        save_tree(root / stage / "model.safetensors", jax.tree.unflatten(tree, noisy), {})
-    captions = ["a red star at the top left", "a blue circle in the centre"]
-    (root / "stage_c" / "tokenizer.json").write_text(train_bpe(captions, vocabulary=300, length=16).json())
-    return root
+    tokenizer = train_bpe(["a red star at the top left", "a blue circle in the centre"], vocabulary=300, length=16)
+
+    @functools.cache
+    def make(variant=""):
+        root, config = tmp_path_factory.mktemp("model"), wuerstchen.get_config(f"{variant},runlocal")
+        for number, stage in enumerate(config.stages):
+            task = tasks.build(config[stage])
+            params, stats = jax.jit(task.init)(jax.random.key(number))
+            groups = {name: tree for name, tree in (params | stats).items() if "discriminator" not in name}
+            rng = np.random.default_rng(number)  # jax would compile a program for each shape
+            noisy = jax.tree.map(lambda x: x + 0.05 * np.abs(rng.standard_normal(x.shape, np.float32)), groups)  # noqa: B023
+            runs.write_config(root / stage, config[stage])
+            save_tree(root / stage / "model.safetensors", noisy, {})
+            if "text" in task.trained:
+                (root / stage / "tokenizer.json").write_text(tokenizer.json())
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_stages(random_model):
+    """The three stages of `configs/wuerstchen.py:runlocal`."""
+    return random_model()

@@ -73,18 +73,36 @@ def test_every_variant_is_locked_complete_and_json(name, arg):
 @pytest.mark.parametrize(("name", "arg"), _cases(STAGED))
 def test_every_staged_variant_is_locked_complete_and_json(name, arg):
     config = _module(name).get_config(arg)
-    with pytest.raises(AttributeError):
-        config.stage_c.model.dept = 3
-    assert config.stages == ("stage_a", "stage_b", "stage_c")
-    keys = lambda c: {key for key, _ in _leaves(c) if ".init." not in key and ".optimizers." not in key}  # noqa: E731
-    assert keys(config) == keys(_module("wuerstchen").base())
+    assert config.is_locked
     wrong = {key: type(value) for key, value in _leaves(config.to_dict()) if not isinstance(value, JSON_TYPES)}
     assert not wrong
     stored = ConfigDict(json.loads(config.to_json()))
     for stage in config.stages:
+        with pytest.raises(AttributeError):
+            config[stage].num_step = 3
+        # A network's fields are checked by building it; all other keys are those that the stage is written with.
+        own = ("model", "first_stage", "init", "optimizers")
+        keys = lambda c: {key for key, _ in _leaves(c) if key.split(".")[0] not in own}  # noqa: B023, E731
+        assert keys(config[stage]) == keys(getattr(_module("wuerstchen"), stage)())
         task = tasks.build(stored[stage])  # a tuple is a list in a work directory
         assert config[stage].task == stage and set(task.trained) == set(stored[stage].optimizers)
-        assert set(stored[stage].init) <= {*task.trained, "vqgan", "compressor"}
+        assert set(task.trained) <= set(stored[stage].init) <= {*task.trained, "vqgan", "compressor"}
+
+
+def test_every_network_and_baseline_has_its_config():
+    assert {"transformer", "b_no_text", "previewer", "ldm", "text_only"} <= set(_arguments("wuerstchen"))
+    assert {"transformer", "b_text", "previewer", "ldm", "text_only"} <= set(_arguments("shapes_wuerstchen"))
+
+
+def _parameters(config, stage):
+    params, _ = jax.eval_shape(tasks.build(config[stage]).init, jax.random.key(0))
+    return sum(x.size for x in jax.tree.leaves(params[stage]))
+
+
+@pytest.mark.parametrize(("name", "within"), [("wuerstchen", 0.01), ("shapes_wuerstchen", 0.1)])
+def test_the_transformer_has_stage_cs_parameters(name, within):
+    usual, other = (_parameters(_module(name).get_config(arg), "stage_c") for arg in ("", "transformer"))
+    assert other == pytest.approx(usual, rel=within)
 
 
 def test_the_public_sizes_are_the_published():

@@ -25,12 +25,12 @@ def cost_table(pipe: WuerstchenPipeline, height: int | None, width: int | None) 
     b, c = pipe.stage_b, pipe.stage_c
     passes = {
         "stage C, one pass": _pass_flops(c, (rows // c.task.stride, columns // c.task.stride)),
-        "stage B, one pass": _pass_flops(b, tuple(side // b.task.vqgan.stride for side in (rows, columns))),
+        "stage B, one pass": _pass_flops(b, tuple(side // b.task.first_stage.stride for side in (rows, columns))),
     }
     latents = jax.ShapeDtypeStruct(
-        (1, *(side // b.task.vqgan.stride for side in (rows, columns)), b.config.vqgan.latent_channels), jnp.float32
+        (1, *(side // b.task.first_stage.stride for side in (rows, columns)), b.task.first_stage.channels), jnp.float32
     )
-    decode = _flops(b.task.decode, _abstract(b.groups), latents)
+    decode = _flops(b.task.first_stage.decode, _abstract(b.groups), latents)
     times = {
         name: config.sampling.steps * (1 + (config.sampling.guidance != 1))
         for name, config in (("stage C, one pass", c.config), ("stage B, one pass", b.config))
@@ -41,7 +41,7 @@ def cost_table(pipe: WuerstchenPipeline, height: int | None, width: int | None) 
 
 def _pass_flops(stage, latent_hw: tuple[int, int]) -> float:
     task, config = stage.task, stage.config
-    channels = config.compressor.channels if config.task == "stage_c" else config.vqgan.latent_channels
+    channels = config.compressor.channels if config.task == "stage_c" else task.first_stage.channels
     x, level = jnp.zeros((1, *latent_hw, channels)), jnp.zeros((1,))
     text = jnp.zeros((1, config.text.length, task.text.width)) if task.text.used else None
     if config.task == "stage_c":

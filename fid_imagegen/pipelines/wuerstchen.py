@@ -8,51 +8,30 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from jaxtyping import Array, UInt8
 from tqdm import tqdm
 
-from fid_imagegen import tasks
-from fid_imagegen.data.tokenizer import Tokenizer, load_tokenizer, strings
-from fid_imagegen.diffusion import cosine
-from fid_imagegen.tasks.latent import LatentDenoiser
-from fid_imagegen.training.runs import read_params
-from fid_imagegen.training.warm_start import inside
+from fid_imagegen.pipelines.text import (
+    Images,
+    ImageStage,
+    Latents,
+    Stage,
+    checked_size,
+    listed,
+    listed_negative,
+    padded,
+)
 
-STAGES = ("stage_a", "stage_b", "stage_c")
-MAX_PIXELS = 4096 * 4096
-MAX_STEPS = 1000
-
-
-class Stage:
-    """One stage as it was trained: its task, its groups and its tokenizer."""
-
-    def __init__(self, folder: epath.Path):
-        self.config, self.groups = read_params(folder)
-        if self.config.task != "stage_a" and self.config.text.weights:
-            self.config.text.weights = str(inside(self.config.text.weights, folder))
-        self.task = tasks.build(self.config)
-        if self.config.task != "stage_a":
-            self.groups |= self.task.text.frozen()
-        self.groups = jax.device_put(self.groups)  # once, not with every step
-        saved = folder / "tokenizer.json"
-        self.tokenizer: Tokenizer | None = load_tokenizer(saved) if saved.exists() else None
-
-    def tokens(self, texts: Sequence[str]) -> tuple[Array, Array] | tuple[None, None]:
-        """(tokens, mask) of texts, (None, None) for a stage without text."""
-        return (None, None) if self.tokenizer is None else self.tokenizer(texts)
+Size = tuple[int, int]
 
 
 class WuerstchenPipeline:
     """Stage C (text to compressor latents), Stage B (to Stage A's latents) and Stage A's decoder."""
 
-    def __init__(self, stage_a: Stage, stage_b: Stage, stage_c: Stage):
+    def __init__(self, stage_a: Stage, stage_b: ImageStage, stage_c: Stage):
         self.stage_b, self.stage_c = stage_b, stage_c
         self.stage_b.groups |= {name: stage_a.groups[name] for name in ("vqgan", "vqgan_stats")}
         if stage_c.config.latent_scale == "statistics":
@@ -70,7 +49,8 @@ class WuerstchenPipeline:
 
         Raises FileNotFoundError naming what is not there.
         """
-        return cls(*(Stage(epath.Path(folder) / stage) for stage in STAGES))
+        folder = epath.Path(folder)
+        return cls(Stage(folder / "stage_a"), ImageStage(folder / "stage_b"), Stage(folder / "stage_c"))
 
     def __call__(
         self,
@@ -86,64 +66,73 @@ class WuerstchenPipeline:
         num_images_per_prompt: int = 1,
         seed: int = 0,
         progress: bool = True,
-    ) -> UInt8[np.ndarray, "batch height width channels"]:
+    ) -> Images:
         """Images of prompts, those of one prompt together; image i depends on (seed, i), its prompt and the settings alone.
 
         height, width: pixels, default the training size. The network works in steps of `step` pixels: other sizes are made
         larger inside and cropped to what was asked for, at the bottom and right. Steps and guidance default to the config's; a
-        guidance scale of 1 means none.
+        guidance scale of 1 means none. Stage B, where it reads text, is given the negative prompt too.
 
         Raises TypeError for a prompt that is no string, ValueError for sizes, counts or steps that cannot be.
         """
-        prompts = self._prompts(prompt, num_images_per_prompt)
-        negative = (
-            None if negative_prompt is None else self._negative(negative_prompt, len(prompts), num_images_per_prompt)
-        )
-        trained = self.stage_c.config.data.image_size
-        height, width = (trained if size is None else size for size in (height, width))
-        self._check_size(height, width)
-        rows, columns = (-(-size // self.step) * self.step for size in (height, width))
-        prior, decoder = self.stage_c.config.sampling, self.stage_b.config.sampling
-        prior_steps = _steps(prior_num_inference_steps, prior.steps)
-        decoder_steps = _steps(num_inference_steps, decoder.steps)
-        key, index = jax.random.key(seed), jnp.arange(len(prompts))
-        prior_scale = prior.guidance if prior_guidance_scale is None else prior_guidance_scale
-        decoder_scale = decoder.guidance if decoder_guidance_scale is None else decoder_guidance_scale
-        with tqdm(total=prior_steps + decoder_steps, desc="Stage C", disable=not progress) as bar:
-            with self._timed("stage_c"):
-                latents = self._prior(
-                    prompts, negative, (rows, columns), key, index, prior_steps, prior_scale, bar.update
-                )
+        prompts = listed(prompt, num_images_per_prompt)
+        negative = listed_negative(negative_prompt, len(prompts), num_images_per_prompt)
+        shared = {"negative": negative, "size": self._size(height, width), "seed": seed}
+        prior_steps, steps = self.stage_c.steps(prior_num_inference_steps), self.stage_b.steps(num_inference_steps)
+        with tqdm(total=prior_steps + steps, desc="Stage C", disable=not progress) as bar:
+            shared["advanced"] = bar.update
+            latents = self.latents(prompts, steps=prior_steps, scale=prior_guidance_scale, **shared)
             bar.set_description("Stage B")
-            with self._timed("stage_b"):
-                made = self._decoder(
-                    prompts, latents, (rows, columns), key, index, decoder_steps, decoder_scale, bar.update
-                )
+            return self.decode(prompts, latents, steps=steps, scale=decoder_guidance_scale, **shared)
+
+    def latents(
+        self,
+        prompts: list[str],
+        *,
+        negative: list[str] | None = None,
+        size: Size | None = None,
+        seed: int = 0,
+        **sampling,
+    ) -> Latents:
+        """Stage C: the compressor's latents, one image a prompt, of images of `size` (height, width).
+
+        sampling: `steps`, `scale` and `advanced` of `Stage.sample`.
+        """
+        stage, whole = self.stage_c, padded(*(size or self._size()), self.step)
+        without = None if negative is None else stage.tokens(negative)
+        arguments = (stage.task, stage.groups, *stage.tokens(prompts), without)
+        shape = (*(side // stage.task.stride for side in whole), stage.config.compressor.channels)
+        key, condition = jax.random.key(seed), lambda guided: _condition(*arguments, guided)
+        with self._timed("stage_c"):
+            made = stage.sample(condition, key, len(prompts), shape, **sampling)
+        return stage.task.unscaled(stage.groups, made)
+
+    def decode(
+        self,
+        prompts: list[str],
+        latents: Latents,
+        *,
+        negative: list[str] | None = None,
+        size: Size | None = None,
+        seed: int = 0,
+        **sampling,
+    ) -> Images:
+        """Stages B and A: images of `size` of what `latents` gave for it; the rest is as there."""
+        size, key = size or self._size(), jax.random.fold_in(jax.random.key(seed), 1)
+        whole = padded(*size, self.step)
+        with self._timed("stage_b"):
+            made = self.stage_b.denoise(prompts, latents, key, negative=negative, size=whole, **sampling)
         with self._timed("stage_a"):
-            images = np.asarray(self._to_images(self.stage_b.groups, made))
-        return np.round(255 * images[:, :height, :width]).astype(np.uint8)
+            return self.stage_b.images(made, *size)
 
     @property
     def step(self) -> int:
         """Pixels by which sizes change inside: what Stage B's U-net and the compressor's stride have in common."""
-        model, vqgan = self.stage_b.config.model, self.stage_b.task.vqgan
-        stride = self.stage_c.task.stride.numerator  # a fraction's whole multiples are those of its numerator
-        return math.lcm(vqgan.stride * model.patch_size * 2 ** (len(model.c_hidden) - 1), stride)
+        # A fraction's whole multiples are those of its numerator.
+        return math.lcm(self.stage_b.step, self.stage_c.task.stride.numerator)
 
-    def _prior(self, prompts, negative, size, key, index, steps, scale, advanced):
-        stage, guided = self.stage_c, scale != 1
-        without = None if negative is None else stage.tokens(negative)
-        cond = _condition_c(stage.task, stage.groups, *stage.tokens(prompts), without, guided)
-        shape = (*(side // stage.task.stride for side in size), stage.config.compressor.channels)
-        made = _sample(stage.task.denoiser, stage.groups["stage_c"], cond, key, index, shape, steps, scale, advanced)
-        return stage.task.unscaled(stage.groups, made)
-
-    def _decoder(self, prompts, latents, size, key, index, steps, scale, advanced):
-        stage, guided = self.stage_b, scale != 1
-        rows = tuple(side // stage.task.vqgan.stride for side in size)
-        cond = _condition_b(stage.task, stage.groups, latents, *stage.tokens(prompts), rows, guided)
-        shape, key = (*rows, stage.config.vqgan.latent_channels), jax.random.fold_in(key, 1)
-        return _sample(stage.task.denoiser, stage.groups["stage_b"], cond, key, index, shape, steps, scale, advanced)
+    def _size(self, height: int | None = None, width: int | None = None) -> Size:
+        return checked_size(height, width, self.stage_c.config.data.image_size, self.step)
 
     @contextlib.contextmanager
     def _timed(self, stage: str):
@@ -151,62 +140,7 @@ class WuerstchenPipeline:
         yield
         self.seconds[stage] = time.monotonic() - begin
 
-    @functools.cached_property
-    def _to_images(self):
-        return jax.jit(self.stage_b.task.decode)
-
-    def _prompts(self, prompt, count: int) -> list[str]:
-        prompts = strings([prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else prompt)
-        if not prompts or count < 1:
-            raise ValueError(f"found {len(prompts)} prompts, {count} images each, expected at least one; give a prompt")
-        return [text for text in prompts for _ in range(count)]
-
-    def _negative(self, negative, total: int, count: int) -> list[str]:
-        texts = self._prompts(negative, count)
-        if len(texts) not in (count, total):
-            raise ValueError(
-                f"found {len(texts) // count} negative prompts for {total // count} prompts, expected one, or one each"
-            )
-        return texts if len(texts) == total else texts * (total // count)
-
-    def _check_size(self, height: int, width: int) -> None:
-        if min(height, width) < self.step or height * width > MAX_PIXELS:
-            raise ValueError(
-                f"found height {height} and width {width}, expected at least {self.step} each and at most {MAX_PIXELS:,} "
-                "pixels; ask for another size"
-            )
-
-
-def _steps(asked: int | None, default: int) -> int:
-    steps = default if asked is None else asked
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"found {steps} sampling steps, expected 1 to {MAX_STEPS}")
-    return steps
-
-
-def _sample(
-    denoiser: LatentDenoiser, params, cond, key, index, shape, steps: int, scale: float, advanced: Callable[[int], Any]
-) -> Array:
-    """The denoiser's `advance` step by step, so that progress can be told."""
-    times, noise = cosine.sampling_times(steps), denoiser.noise(key, index, shape)
-    x, scale = denoiser.start(key, index, shape), None if scale == 1 else jnp.float32(scale)
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
-        x = _advance(denoiser, params, cond, x, jnp.float32(t), jnp.float32(t_next), noise(i), scale)
-        x.block_until_ready()  # so that the bar tells what is done, not what is queued
-        advanced(1)
-    return x
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _advance(denoiser, *arguments):
-    return denoiser.advance(*arguments)
-
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _condition_c(task, groups, tokens, mask, without, guided):
+def _condition(task, groups, tokens, mask, without, guided):
     return task.condition(groups, tokens, mask, without, guided=guided)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _condition_b(task, groups, latents, tokens, mask, rows, guided):
-    return task.condition(groups, latents, tokens, mask, rows, guided=guided)

@@ -1,6 +1,8 @@
 """What can be trained: a model, an objective and the batch keys they use. `tasks.build(config)` is the only constructor."""
 
 from fid_imagegen.tasks.consistency import ConsistencyTask
+from fid_imagegen.tasks.ldm import LDMTask
+from fid_imagegen.tasks.previewer import PreviewerTask
 from fid_imagegen.tasks.reconstruction import ReconstructionTask
 from fid_imagegen.tasks.stage_a import StageATask
 from fid_imagegen.tasks.stage_b import StageBTask
@@ -8,6 +10,8 @@ from fid_imagegen.tasks.stage_c import StageCTask
 
 TASKS = {
     "consistency": ConsistencyTask,
+    "ldm": LDMTask,
+    "previewer": PreviewerTask,
     "reconstruction": ReconstructionTask,
     "stage_a": StageATask,
     "stage_b": StageBTask,

@@ -1,4 +1,4 @@
-"""What Stages B and C share: a denoiser of latents with a prediction form, its loss, and its one sampling path."""
+"""What tasks on latents share: a denoiser with a prediction form, its loss, and its one sampling path."""
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Key
+from ml_collections import ConfigDict
 
 from fid_imagegen.data import buckets
 from fid_imagegen.diffusion import cosine, guidance, targets
@@ -72,9 +74,23 @@ class LatentDenoiser:
         times: np.ndarray,
         scale: float | None,
     ) -> Images:
-        """Latents, all steps in one scan: what previews use."""
+        """Latents, all steps in one scan."""
         predict, start = self.prediction(params, cond, scale), self.start(key, index_B, shape)
         return cosine.sample(predict, self.form.step, start, times, self.noise(key, index_B, shape))
+
+    def preview(
+        self, params: Any, condition: Callable[[bool], Any], count: int, shape: Shape, sampling: ConfigDict
+    ) -> Images:
+        """`count` latents as `config.sampling` says; condition(guided) is the task's `cond`."""
+        guided, key = sampling.guidance != 1, jax.random.key(0)
+        times, scale = cosine.sampling_times(sampling.steps), sampling.guidance if guided else None
+        return self.sample(params, condition(guided), key, jnp.arange(count), shape, times=times, scale=scale)
+
+
+def module_fields(config: ConfigDict) -> dict[str, Any]:
+    """A config's fields as a module takes them: tuples for the lists of a work directory, a dtype for its name."""
+    fields = {name: tuple(value) if isinstance(value, list | tuple) else value for name, value in config.items()}
+    return fields | {"dtype": jnp.dtype(fields["dtype"])}
 
 
 def split(keys_B: Key[Array, "batch"], count: int) -> Key[Array, "count batch"]:
@@ -108,6 +124,11 @@ def resized(images: Images, ratio: Fraction) -> Images:
     return jax.image.resize(
         images, (batch, *(int(side * ratio) for side in sides), channels), "bilinear", antialias=True
     )
+
+
+def beside(images: Images, made: Images) -> Images:
+    """Each image, then what was made for it, [0, 1] -> [-1, 1]: a preview of [2 batch, height, width, channels]."""
+    return 2 * rearrange([images, made], "pair b h w c -> (b pair) h w c") - 1
 
 
 def variables(groups: Mapping, name: str) -> dict:

@@ -4,18 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from absl import logging
-from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
-from fid_imagegen.diffusion.distances import DISTANCES, l2
+from fid_imagegen.diffusion.distances import l2
 from fid_imagegen.diffusion.noise import example_keys
-from fid_imagegen.interop.lpips import load_lpips
-from fid_imagegen.models.features.lpips import lpips_distance
 from fid_imagegen.models.wuerstchen.stage_a import Discriminator, PaellaVQ
-from fid_imagegen.tasks.latent import chance, unit, variables
-
-STAND_INS = ("laplacian",)
+from fid_imagegen.tasks.latent import beside, chance, module_fields, unit, variables
+from fid_imagegen.tasks.perceptual import Perceptual
 
 
 class StageATask:
@@ -34,24 +29,14 @@ class StageATask:
         self.model = build_vqgan(config.model)
         dtype = jnp.dtype(config.model.dtype)
         self.discriminator = Discriminator(widths=tuple(config.discriminator.widths), dtype=dtype)
-        if self.weights.perceptual not in (*STAND_INS, "lpips"):
-            raise ValueError(
-                f"found perceptual distance {self.weights.perceptual!r}, expected 'lpips' or a stand-in of {STAND_INS}; "
-                "change config.objective.perceptual"
-            )
-        if self.weights.perceptual in STAND_INS:
-            logging.warning(
-                "perceptual distance %r: a stand-in for LPIPS, without its weights", self.weights.perceptual
-            )
+        self.perceptual = Perceptual(config)
 
     def tokenizer(self, source, path) -> None:
         """No text."""
 
     def frozen(self) -> dict:
         """LPIPS where it is the perceptual distance."""
-        if self.weights.perceptual != "lpips":
-            return {}
-        return {"lpips": load_lpips(self.config.lpips.vgg16, self.config.lpips.heads)}
+        return self.perceptual.frozen()
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
         """(trained groups, statistics of BatchNorm and spectral normalisation)."""
@@ -73,7 +58,7 @@ class StageATask:
         dropped_B = chance(example_keys(key, batch["row"]), weights.quantiser_drop)
         made = apply(jnp.where(dropped_B[:, None, None, None], latents, codes), method=self.model.decode)
 
-        mse, perceptual = jnp.mean(l2(made, images)), jnp.mean(self._perceptual(groups)(2 * made - 1, 2 * images - 1))
+        mse, perceptual = jnp.mean(l2(made, images)), self.perceptual(groups, made, images)
         judge = functools.partial(self._judge, groups, model_state)
         fooled, _ = judge(made, frozen=True)
         real, stats = judge(images, frozen=False)
@@ -95,13 +80,7 @@ class StageATask:
     def preview(self, groups, batch) -> dict[str, Array]:
         """Each image beside its reconstruction without the quantiser: {"reconstructions": [2 count, height, width, channels]}."""
         images = unit(batch["image"])
-        made = reconstruct(self.model, groups, images)
-        return {"reconstructions": 2 * rearrange([images, made], "pair b h w c -> (b pair) h w c") - 1}
-
-    def _perceptual(self, groups):
-        if self.weights.perceptual == "lpips":
-            return functools.partial(lpips_distance, groups["lpips"])
-        return DISTANCES[self.weights.perceptual]
+        return {"reconstructions": beside(images, reconstruct(self.model, groups, images))}
 
     def _judge(self, groups, model_state, images, *, frozen: bool, stats=None):
         """(logits, statistics after it); `frozen`: a judge that does not learn from what it sees."""
@@ -113,8 +92,7 @@ class StageATask:
 
 def build_vqgan(model) -> PaellaVQ:
     """Stage A of `config.model`."""
-    fields = {name: value for name, value in model.items() if name != "dtype"}
-    return PaellaVQ(**fields | {"levels": tuple(model.levels), "dtype": jnp.dtype(model.dtype)})
+    return PaellaVQ(**module_fields(model))
 
 
 def reconstruct(

@@ -20,7 +20,7 @@ Batch = Mapping[str, Array]
 
 
 class TextSide:
-    """`config.text`: encoder "none", "small" (trained with the task, its BPE on the set's captions), "H" or "bigG" (frozen).
+    """`config.text`: encoder "none", "small" (trained with the task, its BPE on the set's captions), or a frozen tower of CLIP.
 
     Raises ValueError for an unknown encoder.
     """
@@ -104,6 +104,11 @@ def no_text(tokens_BT: Int[Array, "batch tokens"]) -> tuple[Int[Array, "batch to
     place = np.arange(tokens_BT.shape[1])
     empty = jnp.where(place == 0, tokens_BT[:, :1], tokens_BT[:, -1:])
     return empty, jnp.broadcast_to(place < 2, empty.shape)
+
+
+def guided_text(tokens: Array, mask: Array, negative: tuple[Array, Array] | None) -> tuple[Array, Array]:
+    """(tokens, mask) of 2 x batch, as guidance wants them: first those to follow, then `negative`'s or the empty text's."""
+    return tuple(jnp.concatenate(pair) for pair in zip((tokens, mask), negative or no_text(tokens), strict=True))
 
 
 def drop_text(batch: Batch, dropped_B: Bool[Array, "batch"]) -> tuple[Array, Array]:

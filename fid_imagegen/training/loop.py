@@ -76,7 +76,9 @@ class Run:
     def _lay_out(self):
         init, frozen = dict(self.config.init), self.task.frozen()
         warm_start.check_names(init, frozen | dict.fromkeys(self.task.trained))
-        self.frozen = jax.device_put(_whole(warm_start.fill(frozen, init, self.workdir)), meshes.replicated(self.mesh))
+        self.frozen = jax.device_put(
+            warm_start.whole(warm_start.fill(frozen, init, self.workdir)), meshes.replicated(self.mesh)
+        )
         self.frozen_hashes = {name: _hash(tree) for name, tree in self.frozen.items()}
         self.features, self.idle = None, {}  # idle: frozen groups that no step needs, on the host
         if self.config.data.features:
@@ -301,17 +303,6 @@ class Profile:
             self._tracing = False
             jax.block_until_ready(current)
             jax.profiler.stop_trace()
-
-
-def _whole(frozen: dict) -> dict:
-    """Frozen groups as they are, if every one has its weights."""
-    for name, tree in frozen.items():
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
-            raise ValueError(
-                f"found no weights for the frozen group {name!r}, expected a run or exported folder that holds it; "
-                f"set config.init.{name.removesuffix(warm_start.STATISTICS)}"
-            )
-    return frozen
 
 
 def _brief(metrics) -> str:

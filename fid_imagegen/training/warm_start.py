@@ -30,6 +30,17 @@ def fill(groups: dict[str, Any], init: dict[str, str], workdir: epath.Path) -> d
     return filled
 
 
+def whole(frozen: dict[str, Any]) -> dict[str, Any]:
+    """Frozen groups as they are, if every one has its weights; ValueError for one that is still abstract."""
+    for name, tree in frozen.items():
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            raise ValueError(
+                f"found no weights for the frozen group {name!r}, expected a run or exported folder that holds it; "
+                f"set config.init.{name.removesuffix(STATISTICS)}"
+            )
+    return frozen
+
+
 def check_names(init: dict[str, str], groups: dict[str, Any]) -> None:
     """ValueError for a group in `config.init` that the task has not."""
     for group, folder in init.items():

@@ -24,7 +24,9 @@ COMMON = {"vocabulary": 49408, "length": 77, "activation": "gelu", "end": 49407}
 # LAION's OpenCLIP towers: Würstchen's Stage B reads H (352,984,064 parameters), its Stage C bigG (693,021,440).
 H = {"width": 1024, "layers": 24, "heads": 16, "hidden": 4096, **COMMON}
 BIG_G = {"width": 1280, "layers": 32, "heads": 20, "hidden": 5120, **COMMON}
-TOWERS = {"H": H, "bigG": BIG_G}
+# OpenAI's ViT-L/14 (123,060,480): the 768 features a token of Stable Diffusion 1, and of Würstchen's baseline.
+L = {"width": 768, "layers": 12, "heads": 12, "hidden": 3072, **COMMON, "activation": "quick_gelu"}
+TOWERS = {"L": L, "H": H, "bigG": BIG_G}
 
 
 def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:

@@ -119,6 +119,11 @@ class LatentUNet(nn.Module):
     unroll: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def step(self) -> int:
+        """The latents' height and width are multiples of it."""
+        return 2 ** (len(self.widths) - 1)
+
     def setup(self):
         if not len(self.widths) == len(self.heads) == len(self.blocks):
             raise ValueError(
@@ -194,8 +199,7 @@ class LatentUNet(nn.Module):
         return self(x_BHWC, r_B, self.condition(text_BTD), deterministic)
 
     def _check_size(self, latent_hw: tuple[int, int]):
-        step = 2 ** (len(self.widths) - 1)
-        if latent_hw[0] % step or latent_hw[1] % step:
+        if latent_hw[0] % self.step or latent_hw[1] % self.step:
             raise ValueError(
-                f"found latents of {latent_hw[0]}x{latent_hw[1]}, expected multiples of {step}; pad them, and crop the image"
+                f"found latents of {latent_hw[0]}x{latent_hw[1]}, expected multiples of {self.step}; pad them, and crop the image"
             )

@@ -123,6 +123,11 @@ class StageB(nn.Module):
     unroll: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def step(self) -> int:
+        """The latents' height and width are multiples of it."""
+        return self.patch_size * 2 ** (len(self.c_hidden) - 1)
+
     def setup(self):
         self._check_fields()
         levels = range(len(self.c_hidden))
@@ -234,8 +239,7 @@ class StageB(nn.Module):
             check_channels(what, x, channels)
 
     def _check_size(self, latent_hw: tuple[int, int]):
-        step = self.patch_size * 2 ** (len(self.c_hidden) - 1)
-        if latent_hw[0] % step or latent_hw[1] % step:
+        if latent_hw[0] % self.step or latent_hw[1] % self.step:
             raise ValueError(
-                f"found latents of {latent_hw[0]}x{latent_hw[1]}, expected multiples of {step}; pad them, and crop the image"
+                f"found latents of {latent_hw[0]}x{latent_hw[1]}, expected multiples of {self.step}; pad them, and crop the image"
             )
