@@ -91,7 +91,7 @@ def b_text(config):
 
 
 def text_only(config):
-    """The baseline: Stage B on text alone, for as many steps as B and C together."""
+    """The baseline: Stage B on text alone, for as many images as B and C together, 1.4 times their time."""
     wuerstchen.text_only(config)
     b_text(config)
 
@@ -114,7 +114,7 @@ def previewer(config):
 
 
 def ldm(config):
-    """The baseline LDM on Stage A's latents, for as many steps as B and C together."""
+    """The baseline LDM on Stage A's latents, for as many images as B and C together."""
     b, c, text = config.stage_b, config.stage_c, config.stage_c.text
     wuerstchen.only_ldm(config)
     wuerstchen.on_stage_a(config)
@@ -123,7 +123,8 @@ def ldm(config):
     config.ldm.model.update({"dropout": 0.0, "remat": False, "unroll": True, "dtype": "float32"})
     wuerstchen.small_text(config.ldm, length=text.length, width=text.width)
     config.ldm.text.update(text)
-    config.ldm.update({"text_dropped": c.text_dropped, "form": c.form, "num_steps": b.num_steps + c.num_steps})
+    config.ldm.update({"text_dropped": c.text_dropped, "form": c.form})
+    config.ldm.num_steps = (b.num_steps * b.batch_size + c.num_steps * c.batch_size) // config.ldm.batch_size
     config.ldm.sampling.update(c.sampling)
 
 

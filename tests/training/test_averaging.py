@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from fid_imagegen.average import average
 from fid_imagegen.interop.safetensors_io import load_tree, save_tree
+from fid_imagegen.training.averaging import average
 from fid_imagegen.training.runs import read_params
 
 
