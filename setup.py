@@ -28,6 +28,7 @@ setup(
         "jax>=0.10",
         "jaxtyping>=0.3",
         "ml_collections>=1.0",
+        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12",

@@ -153,11 +153,16 @@ def runlocal(config: ConfigDict) -> ConfigDict:
 
 
 def finish(config: ConfigDict, arg: str, variants: dict | None = None) -> ConfigDict:
-    """Applies `arg`, a comma-separated list of variant names and `runlocal`, then locks the config."""
+    """Applies `arg`, a comma-separated list of variant names and `runlocal`, then locks the config.
+
+    They are applied in the order of `variants`, `runlocal` last, in whichever order they are named.
+    """
     known = {"runlocal": runlocal} | (variants or {})
-    for name in filter(None, arg.split(",")):
-        if name not in known:
-            raise ValueError(f"found config argument {name!r}, expected of {sorted(known)}")
+    known["runlocal"] = known.pop("runlocal")
+    named = set(filter(None, arg.split(",")))
+    if unknown := sorted(named - set(known)):
+        raise ValueError(f"found config argument {unknown[0]!r}, expected of {sorted(known)}")
+    for name in filter(named.__contains__, known):
         known[name](config)
     config.lock()
     return config

@@ -2,7 +2,8 @@
 
     python -m fid_imagegen.train --config configs/wuerstchen.py --workdir runs/wuerstchen --config.stage_c.data.path=...
 
-Variants: `paper`, `transformer`, `b_no_text`, `previewer`; of baselines `ldm` and `text_only`; `runlocal` of any of them.
+Variants: `published`, and in its phases `paper`; `transformer`, `b_no_text`, `previewer`; of baselines `ldm` and `text_only`;
+`runlocal` of any of them.
 
 A config holds a whole config for each stage; `stages` says which are trained, in order. Published: 24,602 A100-hours for
 Stage C, 11,000 for Stage B. Not yet reproduced.
@@ -68,7 +69,7 @@ def stage_a() -> ConfigDict:
 
 
 def stage_b() -> ConfigDict:
-    """Stage B with its compressor: 457,000 steps of 512 images of 512 px (then 300,000 of 128 at 1024 px)."""
+    """Stage B with its compressor: 457,000 steps of 512 images of 512 px."""
     config = common.training("stage_b")
     config.data.image_size = 512
     config.model = ConfigDict(
@@ -97,9 +98,9 @@ def stage_b() -> ConfigDict:
 
 
 def stage_c() -> ConfigDict:
-    """Stage C: 500,000 steps of 1,536 images (then 364,000 at 768 px, 4,000 of mixed shapes, 50,000 of artworks)."""
+    """Stage C: 500,000 steps of 1,536 images of 384 px, all of which the compressor sees: 12x12 latents."""
     config = common.training("stage_c")
-    config.data.image_size = 512  # of which the compressor sees 384 pixels, as in Stage B: 12x12 latents
+    config.data.image_size = COMPRESSOR["size"]
     config.model = ConfigDict({"network": "convnext", "c_in": 16, "c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32})
     config.model.update({"nhead": 24, "dropout": 0.1, "remat": True, "unroll": False, "dtype": "bfloat16"})
     config.compressor = ConfigDict(COMPRESSOR)
@@ -163,10 +164,52 @@ def base() -> ConfigDict:
     return ConfigDict({"stages": STAGES, "stage_a": stage_a(), "stage_b": stage_b(), "stage_c": stage_c()})
 
 
-def paper(config: ConfigDict) -> None:
+def published(config: ConfigDict) -> None:
     """Stage C as published: eps with the (a, b) head and p2 weight, latents scaled by (z + 1) / 42."""
     config.stage_c.form, config.stage_c.latent_scale = "eps_ab", "published"
     config.stage_c.sampling.guidance = 8.0
+
+
+def paper(config: ConfigDict) -> None:
+    """As published, in all phases (App. E.2 and E.3), with the warm-up of the first one in that alone.
+
+    What is left is the weight average that the public Stage C is:
+
+        python -m fid_imagegen.average --runs W/stage_c_aspects,W/stage_c_artworks --out W/stage_c
+    """
+    published(config)
+    split = {"stage_b": _phases_b, "stage_c": _phases_c}
+    config.stages = tuple(name for stage in config.stages for name in split.get(stage, lambda _: (stage,))(config))  # noqa: B023
+
+
+def _phases_b(config: ConfigDict) -> tuple[str, ...]:
+    """Stage B at 512 px, then at 1024."""
+    config.stage_b_512 = config.stage_b.copy_and_resolve_references()
+    _start_from("stage_b_512", config.stage_b, num_steps=300_000, batch_size=128)
+    config.stage_b.data.image_size, config.stage_b.compressor.size = 1024, 768
+    return "stage_b_512", "stage_b"
+
+
+def _phases_c(config: ConfigDict) -> tuple[str, ...]:
+    """Stage C on 12x12 latents, then on 24x24, of mixed shapes, of artworks, whose folder is for you to give."""
+    phases = "stage_c_384", "stage_c_768", "stage_c_aspects", "stage_c_artworks"
+    small, large, aspects, artworks = (config.stage_c.copy_and_resolve_references() for _ in phases)
+    for config_768 in (large, aspects, artworks):
+        config_768.data.image_size = config_768.compressor.size = 768
+    _start_from(phases[0], large, num_steps=364_000)
+    _start_from(phases[1], aspects, num_steps=4_000, batch_size=768)
+    _start_from(phases[2], artworks, num_steps=50_000, batch_size=384)
+    aspects.data.buckets = ((768, 1280), (1280, 768), (768, 768))
+    config.update(dict(zip(phases, (small, large, aspects, artworks), strict=True)))
+    del config.stage_c
+    return phases
+
+
+def _start_from(earlier: str, phase: ConfigDict, **changes) -> None:
+    """A phase that goes on with the groups of an earlier one; Adam's moments begin anew."""
+    phase.update(changes)
+    for group, optimizer in phase.optimizers.items():
+        phase.init[group], optimizer.warmup_steps = f"../{earlier}", 1_000
 
 
 def transformer(config: ConfigDict) -> None:
@@ -222,14 +265,13 @@ def small_text(stage: ConfigDict, *, length: int, width: int) -> None:
 
 def runlocal(config: ConfigDict) -> None:
     """A minute on procedural scenes: it shows that the stages run, nothing more."""
-    for name, shrink in TINY.items():
-        if name in config:
-            shrink(config[name])
     if "ldm" in config:
         on_stage_a(config)
     for stage in config.stages:
+        TINY[config[stage].task](config[stage])
         config[stage].update({"num_steps": 8, "batch_size": 8, "accumulate": 1})
         config[stage].data.update({"source": "shapes", "image_size": 64})
+        config[stage].data.buckets = ((64, 96), (96, 64), (64, 64)) if config[stage].data.buckets else ()
         config[stage].checkpoint.every = config[stage].log.sample_every = 4
         config[stage].log.update({"every": 2, "num_samples": 4})
 
@@ -273,6 +315,7 @@ def _tiny_previewer(config: ConfigDict) -> None:
 
 
 def _tiny_ldm(config: ConfigDict) -> None:
+    config.first_stage.update(TINY_VQGAN)
     config.model.update({"widths": (16, 32), "heads": (1, 2), "blocks": (1, 1), "text_width": 32, "level_width": 16})
     config.model.dtype = "float32"
     config.sampling.steps = 4
@@ -287,18 +330,19 @@ TINY = {
     "ldm": _tiny_ldm,
 }
 VARIANTS = {
-    "paper": paper,
     "transformer": transformer,
     "b_no_text": b_no_text,
     "previewer": with_previewer,
     "ldm": only_ldm,
     "text_only": text_only,
+    "published": published,
+    "paper": paper,
     "runlocal": runlocal,
 }
 
 
 def get_config(arg: str = ""):
-    """Large text-image sets: `v` for Stage C, latents scaled by their statistics. `paper`: as published."""
+    """Large text-image sets: `v` for Stage C, latents scaled by their statistics. `published`: as the public weights."""
     return common.finish(base(), arg, VARIANTS)
 
 

@@ -25,7 +25,7 @@ PRIOR_CLIP = flags.DEFINE_string("prior_clip", None, "with --authors: folder of 
 TO = flags.DEFINE_enum("to", "stages", ["stages", "diffusers"], "whose files to write")
 MODEL = flags.DEFINE_string("model", None, "with --to=diffusers: folder of stage_a, stage_b and stage_c")
 CONFIG = flags.DEFINE_string(
-    "config", "configs/wuerstchen.py:paper", "what the files do not say: the recipe, precision"
+    "config", "configs/wuerstchen.py:published", "what the files do not say: the recipe, precision"
 )
 OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
 INPUTS = (DECODER, PRIOR, COMPRESSOR, AUTHORS, DECODER_CLIP, PRIOR_CLIP, MODEL)

@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 from fid_imagegen import tasks
+from fid_imagegen.training import phases
+from fid_imagegen.training.checkpoint import load_groups
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 FOUND = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common"))
@@ -83,10 +85,20 @@ def test_every_staged_variant_is_locked_complete_and_json(name, arg):
         # A network's fields are checked by building it; all other keys are those that the stage is written with.
         own = ("model", "first_stage", "init", "optimizers")
         keys = lambda c: {key for key, _ in _leaves(c) if key.split(".")[0] not in own}  # noqa: B023, E731
-        assert keys(config[stage]) == keys(getattr(_module("wuerstchen"), stage)())
+        kind = config[stage].task
+        assert keys(config[stage]) == keys(getattr(_module("wuerstchen"), kind)())
         task = tasks.build(stored[stage])  # a tuple is a list in a work directory
-        assert config[stage].task == stage and set(task.trained) == set(stored[stage].optimizers)
+        assert stage.startswith(kind) and set(task.trained) == set(stored[stage].optimizers)
         assert set(task.trained) <= set(stored[stage].init) <= {*task.trained, "vqgan", "compressor"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arg"), [case for case in _cases(STAGED) if case[1].endswith("runlocal")])
+def test_every_staged_variant_trains_all_its_stages(name, arg, devices, tmp_path):
+    devices(1)
+    config = _module(name).get_config(arg)
+    assert phases.run(config, tmp_path)
+    assert [load_groups(tmp_path / stage)[0] for stage in config.stages] == [8] * len(config.stages)
 
 
 def test_every_network_and_baseline_has_its_config():
@@ -106,7 +118,7 @@ def test_the_transformer_has_stage_cs_parameters(name, within):
 
 
 def test_the_public_sizes_are_the_published():
-    config, count = _module("wuerstchen").get_config("paper"), {}
+    config, count = _module("wuerstchen").get_config("published"), {}
     for stage in ("stage_b", "stage_c"):
         config.unlock()
         config[stage].model.update({"remat": False})
@@ -117,6 +129,35 @@ def test_the_public_sizes_are_the_published():
     assert count["stage_b"] == 1_055_365_280 and count["stage_c"] == 993_636_896
     # The backbone, a 1x1 convolution to 16 channels, and BatchNorm.
     assert count["compressor"] == 20_177_488 + 1280 * 16 + 2 * 16
+
+
+def test_the_papers_phases_start_where_the_one_before_ended():
+    config = _module("wuerstchen").get_config("paper")
+    assert config.stages[0] == "stage_a" and "stage_c" not in config  # which the weight average makes
+    found = {}
+    for stage in config.stages[1:]:
+        one = config[stage]
+        pixels, seen, start = one.data.image_size, one.compressor.size, one.init[one.task]
+        found[stage] = (one.num_steps, one.batch_size, pixels, seen, start, one.init.compressor)
+    assert found == {
+        "stage_b_512": (457_000, 512, 512, 384, "", ""),
+        "stage_b": (300_000, 128, 1024, 768, "../stage_b_512", "../stage_b_512"),
+        "stage_c_384": (500_000, 1536, 384, 384, "", "../stage_b"),
+        "stage_c_768": (364_000, 1536, 768, 768, "../stage_c_384", "../stage_b"),
+        "stage_c_aspects": (4_000, 768, 768, 768, "../stage_c_768", "../stage_b"),
+        "stage_c_artworks": (50_000, 384, 768, 768, "../stage_c_aspects", "../stage_b"),
+    }
+    assert config.stage_b.init.vqgan == "../stage_a"
+    assert config.stage_c_aspects.data.buckets == ((768, 1280), (1280, 768), (768, 768))
+    assert {config[stage].form for stage in config.stages if "stage_c" in stage} == {"eps_ab"}
+
+
+def test_variants_are_applied_in_one_order():
+    module = _module("wuerstchen")
+    one, other = (module.get_config(arg) for arg in ("paper,transformer,runlocal", "runlocal,transformer,paper"))
+    assert one == other and one.stage_c_artworks.model.network == "transformer" and one.stage_b.num_steps == 8
+    baseline = module.get_config("text_only,paper")
+    assert baseline.stages == ("stage_a", "stage_b_512", "stage_b")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from configs import wuerstchen
 from fid_imagegen.pipelines import LatentDiffusionPipeline
+from fid_imagegen.training import phases, runs
 
 QUICK = {"num_inference_steps": 2, "progress": False}
 STAGES = {"text_only": "stage_b", "ldm": "ldm"}
@@ -62,6 +65,22 @@ def test_the_first_stage_lies_beside_the_stage(random_model, tmp_path):
     (tmp_path / "stage_b" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="found no weights for the frozen group 'vqgan'"):
         LatentDiffusionPipeline.from_pretrained(tmp_path / "stage_b")
+
+
+@pytest.mark.slow
+def test_a_work_directory_is_a_pipeline(devices, tmp_path):
+    devices(1)
+    config = wuerstchen.get_config("text_only,runlocal").unlock()
+    for stage in config.stages:
+        config[stage].update({"num_steps": 1, "batch_size": 2})
+        config[stage].log.num_samples = 1
+    assert phases.run(config.lock(), tmp_path)
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "stage_b")
+    # The first stage is what the denoiser was trained on: the average of Stage A's run.
+    _, first = runs.read_params(tmp_path / "stage_a")
+    for name in ("vqgan", "vqgan_stats"):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(pipe.stage.groups[name]), first[name])
+    assert pipe(["a red star", ""], **QUICK).shape == (2, 64, 64, 3)
 
 
 def test_runs_of_another_kind_are_named(random_stages):

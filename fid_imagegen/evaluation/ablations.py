@@ -66,7 +66,7 @@ def _sweeps() -> Iterator[tuple[str, str, dict]]:
 
 def load_previewer(folder: epath.Path, pipe: WuerstchenPipeline) -> Callable[[Latents], Images]:
     """Stage C's latents -> what the previewer in `folder` makes of them, enlarged to the size of the pictures."""
-    stage, size = Stage(folder), pipe.stage_c.config.data.image_size
+    stage, size = Stage(folder), pipe.stage_b.config.data.image_size
     stats = {"compressor_stats": pipe.stage_b.groups["compressor_stats"]}
 
     @jax.jit

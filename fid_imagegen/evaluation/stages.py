@@ -20,11 +20,11 @@ def cost_table(pipe: WuerstchenPipeline, height: int | None, width: int | None) 
 
     Sizes default to the training size. Guidance doubles every pass; what is computed once an image is counted once.
     """
-    size = pipe.stage_c.config.data.image_size
+    size = pipe.stage_b.config.data.image_size
     rows, columns = (-(-(side or size) // pipe.step) * pipe.step for side in (height, width))
     b, c = pipe.stage_b, pipe.stage_c
     passes = {
-        "stage C, one pass": _pass_flops(c, (rows // c.task.stride, columns // c.task.stride)),
+        "stage C, one pass": _pass_flops(c, (rows // b.task.stride, columns // b.task.stride)),
         "stage B, one pass": _pass_flops(b, tuple(side // b.task.first_stage.stride for side in (rows, columns))),
     }
     latents = jax.ShapeDtypeStruct(

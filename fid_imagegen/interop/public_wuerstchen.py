@@ -130,7 +130,7 @@ def diffusers_model(
         raise ValueError(
             f"found {', '.join(f'config.{stage}.{name} {value!r}' for name, value in wrong.items())}, expected the published "
             "model's, the only one diffusers samples: form "
-            f"{form!r}, text, 'convnext', latent_scale 'published'; train with configs/wuerstchen.py:paper"
+            f"{form!r}, text, 'convnext', latent_scale 'published'; train with configs/wuerstchen.py:published"
         )
     return folder, {"_class_name": kind} | fields, wuerstchen.to_state_dict(model, groups[stage])
 
@@ -166,8 +166,8 @@ def _sized(files: Files, configs: ConfigDict) -> ConfigDict:
     """The configs with the sizes of the files."""
     configs = ConfigDict(configs.to_dict())  # unlocked, and the caller's stays as it is
     a, b, c = (configs[stage] for stage in STAGES)
-    b.data.image_size = c.data.image_size = SIZES["image"]
-    b.compressor.size = c.compressor.size = SIZES["compressor"]
+    b.data.image_size = SIZES["image"]
+    c.data.image_size = b.compressor.size = c.compressor.size = SIZES["compressor"]
     if theirs := _read_json(
         files.vqgan, ("in_channels", "out_channels", "embed_dim", "levels", *VQGAN_FIELDS.values())
     ):

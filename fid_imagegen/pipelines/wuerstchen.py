@@ -69,7 +69,7 @@ class WuerstchenPipeline:
     ) -> Images:
         """Images of prompts, those of one prompt together; image i depends on (seed, i), its prompt and the settings alone.
 
-        height, width: pixels, default the training size. The network works in steps of `step` pixels: other sizes are made
+        height, width: pixels, default Stage B's training size. The network works in steps of `step` pixels: other sizes are made
         larger inside and cropped to what was asked for, at the bottom and right. Steps and guidance default to the config's; a
         guidance scale of 1 means none. Stage B, where it reads text, is given the negative prompt too.
 
@@ -101,7 +101,7 @@ class WuerstchenPipeline:
         stage, whole = self.stage_c, padded(*(size or self._size()), self.step)
         without = None if negative is None else stage.tokens(negative)
         arguments = (stage.task, stage.groups, *stage.tokens(prompts), without)
-        shape = (*(side // stage.task.stride for side in whole), stage.config.compressor.channels)
+        shape = (*(side // self.stage_b.task.stride for side in whole), stage.config.compressor.channels)
         key, condition = jax.random.key(seed), lambda guided: _condition(*arguments, guided)
         with self._timed("stage_c"):
             made = stage.sample(condition, key, len(prompts), shape, **sampling)
@@ -129,10 +129,10 @@ class WuerstchenPipeline:
     def step(self) -> int:
         """Pixels by which sizes change inside: what Stage B's U-net and the compressor's stride have in common."""
         # A fraction's whole multiples are those of its numerator.
-        return math.lcm(self.stage_b.step, self.stage_c.task.stride.numerator)
+        return math.lcm(self.stage_b.step, self.stage_b.task.stride.numerator)
 
     def _size(self, height: int | None = None, width: int | None = None) -> Size:
-        return checked_size(height, width, self.stage_c.config.data.image_size, self.step)
+        return checked_size(height, width, self.stage_b.config.data.image_size, self.step)
 
     @contextlib.contextmanager
     def _timed(self, stage: str):

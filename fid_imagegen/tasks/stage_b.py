@@ -1,5 +1,7 @@
 """Training Stage B of Würstchen: Stage A's latents, denoised under the guidance of the semantic compressor, trained with it."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -50,6 +52,11 @@ class StageBTask:
         self.trained = ("stage_b", *compressor, *self.text.trained)
         step = self.first_stage.stride * self.denoiser.model.step
         buckets.check_multiples(config.data, step, "the stride of Stage A, the patches and the halvings of Stage B")
+
+    @property
+    def stride(self) -> Fraction:
+        """Pixels of an image per position of the compressor's latents, along each side: 128/3 in the public model."""
+        return self.compressor.stride / self.ratio
 
     def tokenizer(self, source, path):
         """The text encoder's, if there is one."""

@@ -1,7 +1,5 @@
 """Training Stage C of Würstchen: text -> latents of the semantic compressor (arXiv 2306.00637, App. E.3)."""
 
-from fractions import Fraction
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -32,11 +30,6 @@ class StageCTask(CompressorLatents):
             raise ValueError(f"found network {name!r}, expected one of {sorted(NETWORKS)}; change config.model.network")
         self.denoiser = LatentDenoiser(NETWORKS[name](**fields), config.form)
         self.trained = ("stage_c", *self.text.trained)
-
-    @property
-    def stride(self) -> Fraction:
-        """Pixels of the training images per latent position, along each side: 128/3 in the public model."""
-        return self.compressor.stride / self.ratio
 
     def tokenizer(self, source, path):
         """The text encoder's."""

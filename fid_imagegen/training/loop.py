@@ -31,6 +31,8 @@ from fid_imagegen.training.checkpoint import Checkpoints
 from fid_imagegen.training.features import feature_key
 from fid_imagegen.training.preemption import Preemption
 
+TOKENIZER = "tokenizer.json"
+
 Evaluator = Callable[[object, dict], Mapping[str, float]]
 
 
@@ -50,7 +52,7 @@ class Run:
         self.source = sources.make_source(config.data)
         # Records too small for their bucket should show before anything is written.
         buckets.assigned(self.source, config.data)
-        self.tokenizer = self.task.tokenizer(self.source, self.workdir / "tokenizer.json")
+        self.tokenizer = self.task.tokenizer(self.source, self._saved_tokenizer())
         self._check_labels()
         self.key = jax.random.key(config.seed)
         with jax.set_mesh(self.mesh):
@@ -60,10 +62,22 @@ class Run:
         """Puts `config.json`, the tokenizer and the frozen groups into the work directory: the first things written there."""
         runs.write_config(self.workdir, self.config)
         if self.tokenizer and jax.process_index() == 0:
-            runs.write_whole(self.workdir / "tokenizer.json", self.tokenizer.json())
+            runs.write_whole(self.workdir / TOKENIZER, self.tokenizer.json())
         for name, digest in self.frozen_hashes.items():
             tree = (self.frozen | self.idle)[name]
             _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", tree)
+
+    def _saved_tokenizer(self) -> epath.Path:
+        """The run's own, or that of the run which its text encoder starts from: it knows no other numbers for words."""
+        own, start = self.workdir / TOKENIZER, self.config.init.get(text.GROUP, "")
+        if own.exists() or not start or text.GROUP not in self.task.trained:
+            return own
+        theirs = warm_start.inside(start, self.workdir) / TOKENIZER
+        if not theirs.exists():
+            raise FileNotFoundError(
+                f"found no {theirs}, expected the tokenizer of the text encoder that is there; change config.init.{text.GROUP}"
+            )
+        return theirs
 
     def _check_labels(self):
         classes = self.task.num_classes

@@ -75,13 +75,13 @@ MODELS = {
     "prior": StageC(**PRIOR),
 }
 STAGES = {"vqgan": "stage_a", "decoder": "stage_b", "prior": "stage_c"}
-# The paper's precision is bfloat16, in which nothing could be compared.
+# The published precision is bfloat16, in which nothing could be compared.
 FLOAT32 = """
 from configs import wuerstchen
 
 def get_config(arg):
     config = wuerstchen.base()
-    wuerstchen.paper(config)
+    wuerstchen.published(config)
     for stage in ("stage_b", "stage_c"):
         config[stage].model.dtype = "float32"
     return config
@@ -213,7 +213,7 @@ def towers(monkeypatch):
 
 
 def small_configs():
-    return configs.get_config("paper")
+    return configs.get_config("published")
 
 
 def test_the_public_repositories_become_our_stages(out, tensors, towers):
@@ -243,10 +243,11 @@ def test_the_public_repositories_become_our_stages(out, tensors, towers):
 def test_the_pipeline_samples_the_same_image_from_the_same_weights(out, tensors, towers, tmp_path):
     moved = shutil.copytree(out, tmp_path / "moved")  # a model's files name no place outside it
     pipe = WuerstchenPipeline.from_pretrained(moved)
-    assert pipe.step == 128 and pipe.stage_c.task.stride * 3 == 128  # 24 x 24 latents for 1024 pixels
+    assert pipe.step == 128 and pipe.stage_b.task.stride * 3 == 128  # 24 x 24 latents for 1024 pixels
     config = pipe.stage_c.config
-    assert (config.data.image_size, config.form, config.latent_scale) == (1024, "eps_ab", "published")
-    assert pipe.stage_b.config.latent_scale == 0.5 and "compressor" not in pipe.stage_b.groups
+    assert (config.data.image_size, config.form, config.latent_scale) == (768, "eps_ab", "published")
+    assert (pipe.stage_b.config.data.image_size, pipe.stage_b.config.latent_scale) == (1024, 0.5)
+    assert "compressor" not in pipe.stage_b.groups
     image = pipe("a red star", seed=3, **QUICK)
     assert image.shape == (1, 128, 256, 3) and image.std() > 1
 
@@ -388,7 +389,7 @@ def test_damaged_and_foreign_files_are_named(public, towers, tmp_path):
 )
 def test_what_diffusers_cannot_express_is_refused(stage, change, message):
     config = configs.base()
-    configs.paper(config)
+    configs.published(config)
     config[stage].update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         public_wuerstchen.diffusers_model(stage, config, {})

@@ -56,11 +56,8 @@ def test_the_compressor_sees_whole_pixels(stage):
     assert built(stage, **changes | {"data.buckets": ((64, 128),)})
 
 
-def test_published_buckets_of_stage_c():
-    config = wuerstchen.stage_c()
-    config.data.update({"image_size": 768, "buckets": ((768, 1280), (1280, 768), (768, 768))})
-    config.compressor.size, config.text.encoder = 576, "none"
-    assert tasks.build(config).stride == Fraction(128, 3)
+def test_a_position_of_the_published_latents_is_a_fraction_of_pixels():
+    assert tasks.build(wuerstchen.get_config("paper,b_no_text").stage_b).stride == Fraction(128, 3)
 
 
 def test_both_sides_shrink_alike():
