@@ -155,7 +155,8 @@ def runlocal(config: ConfigDict) -> ConfigDict:
 def finish(config: ConfigDict, arg: str, variants: dict | None = None) -> ConfigDict:
     """Applies `arg`, a comma-separated list of variant names and `runlocal`, then locks the config.
 
-    They are applied in the order of `variants`, `runlocal` last, in whichever order they are named.
+    They are applied in the order of `variants`, `runlocal` last, in whichever order they are named. Stages read the set that
+    `config.data` names, each unless its own config names another.
     """
     known = {"runlocal": runlocal} | (variants or {})
     known["runlocal"] = known.pop("runlocal")
@@ -164,5 +165,7 @@ def finish(config: ConfigDict, arg: str, variants: dict | None = None) -> Config
         raise ValueError(f"found config argument {unknown[0]!r}, expected of {sorted(known)}")
     for name in filter(named.__contains__, known):
         known[name](config)
+    for stage in config.get("stages", ()):
+        config[stage].data.update({key: config.data.get_oneway_ref(key) for key in config.data})
     config.lock()
     return config

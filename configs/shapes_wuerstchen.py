@@ -2,7 +2,10 @@
 
     python -m fid_imagegen.text_demo --workdir runs/demo-text
 
-Expected on 2 cores: see docs/results.md, "Shapes".
+Expected on 2 cores: see docs/results.md, "Shapes". Your own pictures with captions, in a folder or zip:
+
+    python -m fid_imagegen.train --config configs/shapes_wuerstchen.py --workdir runs/mine \
+        --config.data.source=captions --config.data.path=FOLDER
 """
 
 from configs import common, wuerstchen
@@ -15,6 +18,7 @@ COMPRESSOR = {"name": "conv", "size": SIZE, "stride": 16, "widths": (16, 32, 64,
 def get_config(arg: str = ""):
     """Three small stages in sequence: 20 to 30 minutes on 2 cores."""
     config = wuerstchen.base()
+    config.data.source = "shapes"
     for stage in wuerstchen.STAGES:
         laptop(config[stage])
     tokenizer(config.stage_a)
@@ -30,7 +34,7 @@ def get_sweep():
 
 def laptop(config):
     """What the stages have in common."""
-    config.data.update({"source": "shapes", "image_size": SIZE})
+    config.data.image_size = SIZE
     config.update({"batch_size": 64, "ema_decays": (0.995,)})
     config.checkpoint.every = config.log.sample_every = 500
     config.log.every = 20

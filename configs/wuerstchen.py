@@ -1,6 +1,7 @@
 """Würstchen's three stages, at the size of the public weights and with the paper's recipes; and what every such config holds.
 
-    python -m fid_imagegen.train --config configs/wuerstchen.py --workdir runs/wuerstchen --config.stage_c.data.path=...
+    python -m fid_imagegen.train --config configs/wuerstchen.py --workdir runs/wuerstchen \
+        --config.data.source=prepared --config.data.path=...
 
 Variants: `published`, and in its phases `paper`; `transformer`, `b_no_text`, `previewer`; of baselines `ldm` and `text_only`;
 `runlocal` of any of them.
@@ -160,8 +161,10 @@ def ldm() -> ConfigDict:
 
 
 def base() -> ConfigDict:
-    """The three stages."""
-    return ConfigDict({"stages": STAGES, "stage_a": stage_a(), "stage_b": stage_b(), "stage_c": stage_c()})
+    """The three stages, and the set that all of them read."""
+    config = ConfigDict({"stages": STAGES, "stage_a": stage_a(), "stage_b": stage_b(), "stage_c": stage_c()})
+    config.data = {name: config.stage_a.data[name] for name in ("source", "path")}
+    return config
 
 
 def published(config: ConfigDict) -> None:
@@ -265,12 +268,13 @@ def small_text(stage: ConfigDict, *, length: int, width: int) -> None:
 
 def runlocal(config: ConfigDict) -> None:
     """A minute on procedural scenes: it shows that the stages run, nothing more."""
+    config.data.source = "shapes"
     if "ldm" in config:
         on_stage_a(config)
     for stage in config.stages:
         TINY[config[stage].task](config[stage])
         config[stage].update({"num_steps": 8, "batch_size": 8, "accumulate": 1})
-        config[stage].data.update({"source": "shapes", "image_size": 64})
+        config[stage].data.image_size = 64
         config[stage].data.buckets = ((64, 96), (96, 64), (64, 64)) if config[stage].data.buckets else ()
         config[stage].checkpoint.every = config[stage].log.sample_every = 4
         config[stage].log.update({"every": 2, "num_samples": 4})

@@ -152,6 +152,14 @@ def test_the_papers_phases_start_where_the_one_before_ended():
     assert {config[stage].form for stage in config.stages if "stage_c" in stage} == {"eps_ab"}
 
 
+def test_stages_read_one_set_unless_told_otherwise():
+    config = _module("wuerstchen").get_config("paper")
+    config.data.path, config.stage_c_artworks.data.path = "all", "artworks"
+    read = {stage: ConfigDict(config[stage].to_dict()).data.path for stage in config.stages}
+    assert read.pop("stage_c_artworks") == "artworks" and set(read.values()) == {"all"} and len(read) == 6
+    assert _module("shapes_wuerstchen").get_config("ldm").ldm.data.source == "shapes"
+
+
 def test_variants_are_applied_in_one_order():
     module = _module("wuerstchen")
     one, other = (module.get_config(arg) for arg in ("paper,transformer,runlocal", "runlocal,transformer,paper"))
