@@ -16,6 +16,7 @@ from fid_imagegen import command
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 STAGE = flags.DEFINE_string("stage", "stage_c", "the stage of the config")
+flags.mark_flag_as_required("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "that of training", required=True)
 OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "pictures or captions encoded at once, on all devices together")
@@ -35,7 +36,8 @@ def main(argv):
     del argv
     if STAGE.value not in CONFIG.value:
         raise ValueError(
-            f"found no {STAGE.value!r} in the config, expected one of its stages; change --stage or --config"
+            f"found no {STAGE.value!r} in the config, expected one of {CONFIG.value.get('stages', ())}; "
+            "change --stage or --config"
         )
     began, out = time.monotonic(), Path(OUT.value)
     records = make(CONFIG.value[STAGE.value], Path(WORKDIR.value) / STAGE.value, out, batch_size=BATCH_SIZE.value)

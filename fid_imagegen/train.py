@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from fid_imagegen import command
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+flags.mark_flag_as_required("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "where config.json, checkpoints, metrics and samples go", required=True)
 DISTRIBUTED = flags.DEFINE_string(
     "distributed", "off", "off, auto (the cluster's own environment), or HOST:PORT of process 0"

@@ -18,7 +18,8 @@ def parameter_table(pipe: WuerstchenPipeline) -> dict[str, int]:
 def cost_table(pipe: WuerstchenPipeline, height: int | None, width: int | None) -> dict[str, float]:
     """FLOPs of one image by XLA's count on abstract shapes, 2 a multiply-add: one pass of each stage, and the whole sampling.
 
-    Sizes default to the training size. Guidance doubles every pass; what is computed once an image is counted once.
+    Sizes default to the training size. Guidance doubles every pass. What is computed once an image, such as text encoders, is
+    left out: it is small beside the passes.
     """
     size = pipe.stage_b.config.data.image_size
     rows, columns = (-(-(side or size) // pipe.step) * pipe.step for side in (height, width))

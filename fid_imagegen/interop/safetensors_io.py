@@ -1,4 +1,4 @@
-"""Parameter trees <-> safetensors: the file others can open. Names are the tree's keys joined by "/"."""
+"""Parameter trees <-> safetensors: the file others can open. Names are the tree's keys joined by "/", one inside a key as %2F."""
 
 import os
 import uuid
@@ -11,6 +11,8 @@ import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+SLASH = "%2F"  # Flax names the statistics of spectral normalisation conv_0/kernel/sigma
+
 
 def save_tree(path: epath.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:
     """Writes a nested dict of arrays, bfloat16 included, whole or not at all: on any error `path` is as it was before.
@@ -19,13 +21,13 @@ def save_tree(path: epath.PathLike, tree: Mapping, metadata: Mapping[str, str]) 
     """
     tensors = {}
     for keys, leaf in flatten_dict(tree, keep_empty_nodes=True).items():
-        if not all(isinstance(key, str) and key and "/" not in key for key in keys) or not hasattr(leaf, "dtype"):
+        if not all(isinstance(key, str) and key and SLASH not in key for key in keys) or not hasattr(leaf, "dtype"):
             raise ValueError(
-                f"found {keys} of {type(leaf).__name__}, expected arrays under non-empty text keys without '/'; "
+                f"found {keys} of {type(leaf).__name__}, expected arrays under non-empty text keys without {SLASH!r}; "
                 "rename it or leave it out"
             )
         # safetensors reads memory as it lies: a transposed view would be saved in the wrong order.
-        tensors["/".join(keys)] = np.asarray(leaf, order="C")
+        tensors["/".join(key.replace("/", SLASH) for key in keys)] = np.asarray(leaf, order="C")
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise ValueError(f"found metadata {dict(metadata)}, expected text to text; json.dumps the values")
     path = epath.Path(path)
@@ -53,4 +55,5 @@ def load_tree(path: str | Path) -> tuple[dict, dict[str, str]]:
         raise ValueError(
             f"found {str(path)!r} unreadable ({error}), expected a whole safetensors file; copy or convert it again"
         ) from error
-    return unflatten_dict(tensors, sep="/"), metadata or {}
+    named = {tuple(key.replace(SLASH, "/") for key in name.split("/")): tensor for name, tensor in tensors.items()}
+    return unflatten_dict(named), metadata or {}

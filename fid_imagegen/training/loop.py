@@ -31,8 +31,6 @@ from fid_imagegen.training.checkpoint import Checkpoints
 from fid_imagegen.training.features import feature_key
 from fid_imagegen.training.preemption import Preemption
 
-TOKENIZER = "tokenizer.json"
-
 Evaluator = Callable[[object, dict], Mapping[str, float]]
 
 
@@ -62,17 +60,17 @@ class Run:
         """Puts `config.json`, the tokenizer and the frozen groups into the work directory: the first things written there."""
         runs.write_config(self.workdir, self.config)
         if self.tokenizer and jax.process_index() == 0:
-            runs.write_whole(self.workdir / TOKENIZER, self.tokenizer.json())
+            runs.write_whole(self.workdir / runs.TOKENIZER, self.tokenizer.json())
         for name, digest in self.frozen_hashes.items():
             tree = (self.frozen | self.idle)[name]
             _save_frozen(self.workdir / "frozen" / f"{name}-{digest[:16]}.safetensors", tree)
 
     def _saved_tokenizer(self) -> epath.Path:
         """The run's own, or that of the run which its text encoder starts from: it knows no other numbers for words."""
-        own, start = self.workdir / TOKENIZER, self.config.init.get(text.GROUP, "")
+        own, start = self.workdir / runs.TOKENIZER, self.config.init.get(text.GROUP, "")
         if own.exists() or not start or text.GROUP not in self.task.trained:
             return own
-        theirs = warm_start.inside(start, self.workdir) / TOKENIZER
+        theirs = warm_start.inside(start, self.workdir) / runs.TOKENIZER
         if not theirs.exists():
             raise FileNotFoundError(
                 f"found no {theirs}, expected the tokenizer of the text encoder that is there; change config.init.{text.GROUP}"
@@ -143,8 +141,9 @@ class Run:
     def initial(self) -> state.TrainState:
         """The state of step 0: jitted init into its shardings, groups of `config.init` filled from other runs."""
         init = jax.jit(self.task.init, out_shardings=(self.shardings.params, self.shardings.model_state))
-        params, model_state = init(self.key)
-        params = warm_start.fill(params, dict(self.config.init), self.workdir)
+        made = init(self.key)
+        groups = warm_start.fill(made[0] | made[1], dict(self.config.init), self.workdir)
+        params, model_state = ({name: groups[name] for name in part} for part in made)
         build = jax.jit(
             lambda params, model_state: state.from_params(
                 self.task, self.optimizers, self.config.ema_decays, params, model_state

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from fid_imagegen import tasks
 from fid_imagegen.data import pipeline, sources
 from fid_imagegen.tasks.reconstruction import rendered_psnr
-from fid_imagegen.training import optimizer
+from fid_imagegen.tasks.text import GROUP
+from fid_imagegen.training import optimizer, runs, warm_start
 from fid_imagegen.training.loop import Evaluator, Run, train
 from fid_imagegen.training.warm_start import PRETRAIN
 
@@ -20,8 +21,8 @@ MAX_HELD_OUT = 512
 def run(config: ConfigDict, workdir: epath.PathLike) -> bool:
     """Runs all phases of a config, resuming what is there; False if asked to stop before the end."""
     if "stages" in config:
-        for stage in config.stages:  # mistakes in a later stage should show before an earlier one has run for days
-            optimizer.build_all(config[stage], tasks.build(config[stage]).trained)
+        for stage in config.stages:
+            check(config[stage], epath.Path(workdir) / stage)
         return all(run(config[stage], epath.Path(workdir) / stage) for stage in config.stages)
     if "pretrain" not in config or not config.pretrain.num_steps:
         return train(config, workdir)
@@ -39,6 +40,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> bool:
     if not train(phase, epath.Path(workdir) / PRETRAIN, evaluators=held_out_psnr(phase.data)):
         return False
     return train(config, workdir)
+
+
+def check(config: ConfigDict, workdir: epath.Path) -> None:
+    """Raises for a stage's mistakes, missing data and weights before an earlier stage has run for days."""
+    task, source = tasks.build(config), sources.make_source(config.data)
+    optimizer.build_all(config, task.trained)
+    frozen = task.frozen()
+    warm_start.check_names(dict(config.init), frozen | dict.fromkeys(task.trained))
+    if GROUP in frozen:  # a tokenizer of the stage's own is trained when its turn comes
+        task.tokenizer(source, workdir / runs.TOKENIZER)
 
 
 def pretrain_config(config: ConfigDict) -> ConfigDict:

@@ -15,8 +15,9 @@ from fid_imagegen.interop.safetensors_io import load_tree, save_tree
 from fid_imagegen.training import ema
 from fid_imagegen.training.checkpoint import load_groups
 
+TOKENIZER = "tokenizer.json"
 # What may change between two starts of one run: where it runs and what it reports, never what it computes.
-FREE_KEYS = ("mesh", "sharding", "checkpoint", "log", "profile", "accumulate")
+FREE_KEYS = ("mesh", "sharding", "checkpoint", "log", "profile")
 
 
 def write_config(workdir: epath.PathLike, config: ConfigDict) -> None:

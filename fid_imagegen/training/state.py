@@ -91,7 +91,7 @@ def _accumulate(gradients, state, frozen, batch, key, parts: int):
     """Loss, metrics and gradients of the whole batch as means over `parts` micro-batches of equal size.
 
     Rows are dealt out in turn ("(b a)"), so that each device keeps its own rows in every micro-batch. Noise follows the row's
-    number in the whole batch: the mean is the same whatever the number of parts.
+    number in the whole batch: the mean is the same whatever the number of parts, but for the statistics that BatchNorm takes.
     """
     if parts == 1:
         return gradients(state, frozen, batch, key)

@@ -100,6 +100,11 @@ def test_stage_b_disturbs_the_stated_shares():
     rates = made.config.disturbance
     assert float(zeroed.mean()) == pytest.approx(rates.zeroed, abs=0.012)
     assert float(same.mean()) == pytest.approx((1 - rates.zeroed) * (1 - rates.noised), abs=0.025)
+    # a x 1 + sqrt(1 - a^2) x normal, its level uniform up to `noised_until`: a^2 is at least that of the end.
+    noised = disturbed[~(zeroed | same)].ravel()
+    signal = cosine.alpha_bar(rates.noised_until * jnp.linspace(0, 1, 1000))
+    assert float(noised.mean()) == pytest.approx(float(jnp.sqrt(signal).mean()), abs=0.05)
+    assert float(jnp.square(noised).mean()) == pytest.approx(1, abs=0.08)
 
 
 def test_dropped_text_is_the_empty_text(batch):

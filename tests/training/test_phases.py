@@ -1,12 +1,16 @@
 """A config of several stages: one after the other, each free to start from those before."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import wuerstchen
 from fid_imagegen.training import runs
 from fid_imagegen.training.checkpoint import load_groups
+from fid_imagegen.training.loop import Run
 from fid_imagegen.training.phases import run
 
 
@@ -34,11 +38,49 @@ def test_a_stage_that_was_stopped_ends_the_sequence_until_it_is_resumed(toy, tmp
     assert run(staged(toy), tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [{"task": "stage_d"}, {"optimizers.generator.name": "sgdd"}])
+@pytest.mark.parametrize(
+    "wrong", [{"task": "stage_d"}, {"optimizers.generator.name": "sgdd"}, {"data.source": "nothing"}]
+)
 def test_a_mistake_in_a_later_stage_shows_before_the_first_is_trained(toy, tmp_path, wrong):
-    with pytest.raises(ValueError, match="found .*(stage_d|sgdd).*expected"):
+    with pytest.raises(ValueError, match="found .*(stage_d|sgdd|nothing).*expected"):
         run(staged(toy, **wrong), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage_c.init.nonsense": "../stage_a"}, "found config.init.nonsense"),
+        ({"stage_c.text.encoder": "L", "stage_c.text.weights": "nowhere"}, "nowhere"),
+        ({"stage_a.objective.perceptual": "lpips"}, "vgg16"),
+    ],
+)
+def test_missing_weights_show_before_the_first_stage_is_trained(tmp_path, changes, message):
+    config = wuerstchen.get_config("runlocal").unlock()
+    config.stages = config.stages[::-1]
+    config.stage_c.init.nonsense = ""
+    config.update_from_flattened_dict(changes)
+    if config.stage_c.text.encoder != "small":
+        del config.stage_c.optimizers.text
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(config.lock(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_come_with_the_group_that_a_stage_starts_from(random_stages, tmp_path, devices):
+    devices(1)
+    config, groups = runs.read_params(random_stages / "stage_b")
+    groups["compressor_stats"] = jax.tree.map(lambda leaf: np.full_like(leaf, 7), groups["compressor_stats"])
+    runs.write_params(tmp_path / "earlier", config, groups)
+    shutil.copytree(random_stages / "stage_a", tmp_path / "stage_a")
+    config.init.update({"stage_b": "../earlier", "compressor": "../earlier", "vqgan": "../stage_a"})
+    made = Run(config.lock(), tmp_path / "later")
+    with jax.set_mesh(made.mesh):
+        state = made.initial()
+    assert all(np.all(np.asarray(leaf) == 7) for leaf in jax.tree.leaves(state.model_state["compressor_stats"]))
+    np.testing.assert_array_equal(
+        jax.tree.leaves(state.params["compressor"])[0], jax.tree.leaves(groups["compressor"])[0]
+    )
 
 
 def test_statistics_are_read_with_the_parameters(toy, tmp_path):

@@ -40,7 +40,7 @@ def test_keys_that_are_new_or_gone_differ_too(tiny, tmp_path):
 
 def test_where_it_runs_and_what_it_reports_may_change(tiny, tmp_path):
     runs.write_config(tmp_path, tiny())
-    free = {"mesh.data": 4, "checkpoint.every": 9, "log.every": 9, "profile.steps": 2, "accumulate": 2}
+    free = {"mesh.data": 4, "checkpoint.every": 9, "log.every": 9, "profile.steps": 2}
     runs.write_config(tmp_path, tiny(**free, **{"sharding.min_size": 5}))
     assert runs.read_config(tmp_path).checkpoint.every == 9
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
