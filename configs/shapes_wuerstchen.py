@@ -16,7 +16,7 @@ COMPRESSOR = {"name": "conv", "size": SIZE, "stride": 16, "widths": (16, 32, 64,
 
 
 def get_config(arg: str = ""):
-    """Three small stages in sequence: 20 to 30 minutes on 2 cores."""
+    """Three small stages in sequence: 20 minutes on 2 cores."""
     config = wuerstchen.base()
     config.data.source = "shapes"
     for stage in wuerstchen.STAGES:
@@ -40,7 +40,7 @@ def laptop(config):
     config.log.every = 20
     for group in config.optimizers:
         config.optimizers[group] = common.optimizer(
-            "adam", 2e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
+            "adam", 1e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
         )
 
 
@@ -49,7 +49,9 @@ def tokenizer(config):
     config.model.update(VQGAN)
     config.discriminator.widths = (16, 32, 64)
     config.objective.update({"perceptual": "laplacian", "adversarial_start": 300, "adversarial": 0.002})
-    config.num_steps, config.batch_size = 600, 32
+    for group in config.optimizers.values():
+        group.learning_rate = 2e-3
+    config.num_steps, config.batch_size = 700, 16
 
 
 def decoder(config):
@@ -68,7 +70,7 @@ def decoder(config):
     config.form = "v"
     config.disturbance.update({"noised": 0.75, "noised_until": 0.6})
     config.sampling.update({"steps": 12, "guidance": 2.0})
-    config.num_steps, config.batch_size = 1500, 32
+    config.num_steps, config.batch_size = 1300, 32
 
 
 def prior(config):
@@ -82,7 +84,7 @@ def prior(config):
     config.text.vocabulary = 400
     config.text_dropped = 0.1
     config.sampling.update({"steps": 20, "guidance": 3.0})
-    config.num_steps = 3000
+    config.num_steps = 1900
 
 
 def b_text(config):

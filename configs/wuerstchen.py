@@ -70,7 +70,11 @@ def stage_a() -> ConfigDict:
 
 
 def stage_b() -> ConfigDict:
-    """Stage B with its compressor: 457,000 steps of 512 images of 512 px."""
+    """Stage B with its compressor: 457,000 steps of 512 images of 512 px.
+
+    Betas, warm-up and clipping are those of the authors' first version; the weights of noise levels, here p2, are not published.
+    The paper's compressor starts from ImageNet's weights: give `compressor.weights` torchvision's efficientnet_v2_s-dd5fe13b.pth.
+    """
     config = common.training("stage_b")
     config.data.image_size = 512
     config.model = ConfigDict(
@@ -83,7 +87,7 @@ def stage_b() -> ConfigDict:
     config.model.update({"kernel_size": 3, "dropout": 0.1, "remat": True, "unroll": False, "dtype": "bfloat16"})
     config.vqgan = ConfigDict(VQGAN)
     config.latent_scale = 0.3764  # Stage A's latents are divided by it
-    config.compressor = ConfigDict(COMPRESSOR)
+    config.compressor = ConfigDict(COMPRESSOR | {"weights": ""})  # torchvision's, of the backbone; "": random
     config.text = ConfigDict(TEXT | {"encoder": "H"})
     config.form = "eps_ab_sigmoid"
     config.disturbance = ConfigDict({"zeroed": 0.05, "noised": 0.3, "noised_until": 0.5, "text_dropped": 0.05})
@@ -92,6 +96,7 @@ def stage_b() -> ConfigDict:
     config.ema_decays = (0.999,)
     for group in ("stage_b", "compressor"):
         config.optimizers[group] = common.optimizer("adamw", 1e-4, warmup_steps=10_000, b2=0.95, weight_decay=0.01)
+        config.optimizers[group].grad_clip = 1.0
         config.init[group] = ""
     config.init.vqgan = "../stage_a"
     config.sharding.rules = RULES

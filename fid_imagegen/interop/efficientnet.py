@@ -2,18 +2,37 @@
 Würstchen's `effnet_state_dict` (`backbone.*`, `mapper.*`)."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fid_imagegen.interop.state_dict import LEAVES, convert_state_dict, named_tensors, without_counters
+from fid_imagegen.interop.state_dict import (
+    LEAVES,
+    convert_state_dict,
+    named_tensors,
+    read_state_dict,
+    without_counters,
+)
 from fid_imagegen.models.wuerstchen.compressor import EfficientNetCompressor
 from fid_imagegen.models.wuerstchen.efficientnet import EfficientNetV2Features, resolve_spec
 
 CONV_NORM = {"conv": "0", "norm": "1"}
 FUSED = {"expand": "0", "project": "1"}
 INVERTED = {"expand": "0", "depthwise": "1", "excite": "2", "project": "3"}
+WHAT = (
+    "torchvision's ImageNet weights of EfficientNetV2 (efficientnet_v2_s-dd5fe13b.pth, efficientnet_v2_l-59c71312.pth)"
+)
+REMEDY = "download it from https://download.pytorch.org/models/, or set config.compressor.weights=''"
+
+
+def load_features(model: EfficientNetV2Features, path: str | Path) -> dict:
+    """{"params", "batch_stats"} in float32 of torchvision's state dict, as .pth, .safetensors or .npz.
+
+    Raises FileNotFoundError and ValueError naming the file and what is wrong with it.
+    """
+    return from_state_dict(model, read_state_dict(path, WHAT, REMEDY), str(path))
 
 
 def from_state_dict(

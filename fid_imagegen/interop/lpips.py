@@ -13,7 +13,10 @@ from fid_imagegen.models.features.vgg16 import STAGES
 # Positions of the 13 convolutions in torchvision's `features`, which counts ReLUs and pools too.
 VGG16_NAMES = [f"conv{stage}_{index + 1}" for stage, (_, n) in enumerate(STAGES, start=1) for index in range(n)]
 VGG16_POSITIONS = dict(zip(VGG16_NAMES, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), strict=True))
-REMEDY = "put the file there, or set config.distance = 'l2', the stated variant without these weights"
+REMEDY = (
+    "put the file there, or do without: set config.distance='l2' for image functions, "
+    "config.STAGE.objective.perceptual='laplacian' for Stage A and the previewer"
+)
 
 
 def load_lpips(vgg16_path: str | Path, heads_path: str | Path) -> dict:

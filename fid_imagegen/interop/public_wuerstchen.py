@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from fid_imagegen.data.tokenizer import Tokenizer, clip_tokenizer
 from fid_imagegen.interop import efficientnet, paella_vq, wuerstchen
 from fid_imagegen.interop.clip import clip_state_dict, load_clip
+from fid_imagegen.interop.state_dict import read_state_dict
 from fid_imagegen.models.text.clip import TOWERS, CLIPTextEncoder
 from fid_imagegen.models.wuerstchen.compressor import PUBLISHED, build_compressor
 from fid_imagegen.models.wuerstchen.stage_a import PaellaVQ
@@ -84,7 +85,7 @@ def public_stages(files: Files, configs: ConfigDict) -> dict[str, Callable[[], S
 
     def stage_a() -> Stage:
         model, what = build_vqgan(a.model), "weights of Würstchen's Stage A"
-        tensors = wuerstchen.read_checkpoint(files.vqgan, what, wuerstchen.ENTRIES)
+        tensors = read_state_dict(files.vqgan, what, wuerstchen.REMEDY, wuerstchen.ENTRIES)
         variables = paella_vq.from_state_dict(model, tensors, str(files.vqgan))
         groups = {"vqgan": variables["params"], "vqgan_stats": {"batch_stats": variables["batch_stats"]}}
         return Stage(a, groups, None, None)
@@ -168,9 +169,8 @@ def _sized(files: Files, configs: ConfigDict) -> ConfigDict:
     a, b, c = (configs[stage] for stage in STAGES)
     b.data.image_size = SIZES["image"]
     c.data.image_size = b.compressor.size = c.compressor.size = SIZES["compressor"]
-    if theirs := _read_json(
-        files.vqgan, ("in_channels", "out_channels", "embed_dim", "levels", *VQGAN_FIELDS.values())
-    ):
+    names = ("in_channels", "out_channels", "embed_dim", "levels", "scale_factor", *VQGAN_FIELDS.values())
+    if theirs := _read_json(files.vqgan, names):
         if (theirs["in_channels"], theirs["out_channels"]) != (CHANNELS, CHANNELS):
             raise ValueError(
                 f"found in_channels {theirs['in_channels']} and out_channels {theirs['out_channels']} beside {files.vqgan}, "
@@ -240,7 +240,8 @@ def _tower(name: str, folder: Path) -> dict[str, np.ndarray]:
 def _compressor(file: Path, config) -> dict[str, Any]:
     """Groups of the semantic compressor. The latents' moments are those that the public Stage C takes them to have."""
     model = build_compressor(config.name, channels=config.channels)
-    tensors = wuerstchen.read_checkpoint(file, "weights of the semantic compressor", ("effnet_state_dict",))
+    what = "weights of the semantic compressor"
+    tensors = read_state_dict(file, what, wuerstchen.REMEDY, ("effnet_state_dict",))
     variables = efficientnet.from_state_dict(model, tensors, str(file))
     moments = {"mean": PUBLISHED["mean"], "variance": PUBLISHED["deviation"] ** 2}
     latents = {name: np.full(config.channels, value, np.float32) for name, value in moments.items()}

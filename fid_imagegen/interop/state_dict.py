@@ -1,6 +1,8 @@
 """PyTorch state dicts <-> parameter trees: what the converters of public weights share."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +18,24 @@ COUNTER = "num_batches_tracked"  # PyTorch's, of BatchNorm calls; nothing reads 
 KERNEL_LAYOUTS = {4: "o i h w -> h w i o", 2: "o i -> i o"}
 
 
-def read_state_dict(path: str | Path, what: str, remedy: str) -> dict[str, np.ndarray]:
+def read_state_dict(path: str | Path, what: str, remedy: str, entries: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Tensors by name of a .npz, .safetensors or PyTorch .pth/.pt/.th file (the last needs torch installed).
 
-    `what` names the weights and `remedy` says what to do without them: both go into the error of a missing file.
+    `what` names the weights and `remedy` says what to do without them. entries: of a PyTorch file that holds several state
+    dicts the first of these that is there is read.
+    Raises FileNotFoundError, and ValueError for a damaged file or one of another kind; both name the file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"found no file {str(path)!r}, expected {what}; {remedy}")
     if path.suffix == ".npz":
-        with np.load(path) as archive:
+        with _undamaged(path, what), np.load(path) as archive:
             return dict(archive)
     if path.suffix == ".safetensors":
-        return safetensors.numpy.load_file(path)
+        with _undamaged(path, what):
+            return safetensors.numpy.load_file(path)
     if path.suffix in (".pth", ".pt", ".th"):
-        try:
-            import torch
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"found {str(path)!r} but no torch, which reading {path.suffix} needs; "
-                "pip install torch, or save the state dict as .safetensors or .npz elsewhere"
-            ) from error
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+        return _torch_tensors(path, what, entries)
     raise ValueError(f"found {str(path)!r}, expected {what} as .npz, .safetensors or .pth; convert the file")
 
 
@@ -88,3 +85,34 @@ def named_tensors(variables: Mapping, torch_name: Callable[[tuple[str, ...]], st
 
 def without_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(f".{COUNTER}")}
+
+
+def _torch_tensors(path: Path, what: str, entries: Sequence[str]) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"found {str(path)!r} but no torch, which reading {path.suffix} needs; "
+            "pip install torch, or save the state dict as .safetensors or .npz elsewhere"
+        ) from error
+    with _undamaged(path, what):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, Mapping):
+        content = next((content[entry] for entry in entries if entry in content), content)
+    named = isinstance(content, Mapping)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        found = sorted(map(str, content)) if named else f"a {type(content).__name__}"
+        raise ValueError(
+            f"found {found} in {str(path)!r}, expected {', or '.join(['tensors by name', *entries])}: {what}; check the file"
+        )
+    return {name: tensor.detach().float().numpy() for name, tensor in content.items()}
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path, what: str) -> Iterator[None]:
+    """ValueError that names the file for any error while it is read: damaged zips and pickles raise one or another."""
+    try:
+        yield
+    except Exception as error:
+        reason = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0]
+        raise ValueError(f"found {str(path)!r} unreadable ({reason}), expected {what}; download it again") from error

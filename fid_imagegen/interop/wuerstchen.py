@@ -4,9 +4,8 @@ A model's names are a table made from its configuration alone; reading and writi
 """
 
 import functools
-import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +61,7 @@ FOREIGN = {
 }
 FUSED = {"in_proj_": ("to_q.", "to_k.", "to_v."), "out_proj.": ("to_out.0.",)}  # the authors' attention and diffusers'
 ENTRIES = ("ema_state_dict", "state_dict")  # where the authors' files hold the weights; Stage C samples with its EMA
+REMEDY = "download it and give its path"
 
 LeafPath = tuple[str, ...]
 
@@ -190,23 +190,7 @@ def load_stage(model: StageB | StageC, path: str | Path) -> dict:
     Raises FileNotFoundError and ValueError naming the file and what is wrong with it.
     """
     what = f"weights of Würstchen v2's {type(model).__name__}"
-    return from_state_dict(model, read_checkpoint(path, what, ENTRIES), str(path))
-
-
-def read_checkpoint(path: str | Path, what: str, entries: Sequence[str]) -> dict[str, np.ndarray]:
-    """As `read_state_dict`, also where a PyTorch file holds several state dicts: the first of `entries` that is there."""
-    path = Path(path)
-    if path.suffix in (".pt", ".pth") and path.is_file() and importlib.util.find_spec("torch"):
-        import torch
-
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content = next((content[entry] for entry in entries if entry in content), content)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-            raise ValueError(
-                f"found {sorted(content)} in {path}, expected {' or '.join(entries)}: {what}; check the file"
-            )
-        return {name: tensor.float().numpy() for name, tensor in content.items()}
-    return read_state_dict(path, what, "download it and give its path")
+    return from_state_dict(model, read_state_dict(path, what, REMEDY, ENTRIES), str(path))
 
 
 def _stage_c_modules(model: StageC, module: LeafPath) -> tuple[list[str], str]:

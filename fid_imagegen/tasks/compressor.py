@@ -2,9 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Float
 
-from fid_imagegen.models.wuerstchen.compressor import PUBLISHED, build_compressor
+from fid_imagegen.interop.efficientnet import load_features
+from fid_imagegen.models.wuerstchen.compressor import (
+    PUBLISHED,
+    ConvCompressor,
+    EfficientNetCompressor,
+    build_compressor,
+)
+from fid_imagegen.models.wuerstchen.efficientnet import EfficientNetV2Features
 from fid_imagegen.tasks.latent import compressor_ratio, resized
 
 Images = Float[Array, "batch height width channels"]
@@ -75,3 +83,27 @@ def build_config_compressor(compressor):
     if compressor.name == "conv":
         fields |= {"stride": compressor.stride, "widths": tuple(compressor.widths)}
     return build_compressor(compressor.name, **fields)
+
+
+def imagenet_backbone(config, compressor: EfficientNetCompressor | ConvCompressor) -> dict:
+    """The backbone's parameters and statistics by group, read from `config.weights`; nothing where that is empty.
+
+    A backbone that starts without them is logged. Raises FileNotFoundError, and ValueError for weights that do not fit.
+    """
+    public = isinstance(compressor, EfficientNetCompressor)
+    if config.weights and not public:
+        raise ValueError(
+            f"found config.compressor.weights {config.weights!r} for compressor {config.name!r}, expected none: only "
+            "EfficientNetV2 has public weights; set config.compressor.weights=''"
+        )
+    if not config.weights:
+        if public:
+            logging.warning(
+                "the semantic compressor %r starts from random weights, where the paper starts from ImageNet's; "
+                "config.compressor.weights reads them",
+                config.name,
+            )
+        return {}
+    made = load_features(EfficientNetV2Features(compressor.variant), config.weights)
+    stats = {"batch_stats": {"backbone": made["batch_stats"]}}
+    return {"compressor": {"backbone": made["params"]}, "compressor_stats": stats}

@@ -10,7 +10,7 @@ from fid_imagegen.data import buckets
 from fid_imagegen.diffusion import cosine
 from fid_imagegen.diffusion.noise import example_keys, example_normal
 from fid_imagegen.models.wuerstchen.stage_b import StageB
-from fid_imagegen.tasks.compressor import build_config_compressor, compress
+from fid_imagegen.tasks.compressor import build_config_compressor, compress, imagenet_backbone
 from fid_imagegen.tasks.first_stage import StageALatents
 from fid_imagegen.tasks.latent import (
     LatentDenoiser,
@@ -83,6 +83,21 @@ class StageBTask:
         model, x = self.denoiser.model, jnp.zeros((1, rows, rows, self.first_stage.channels))
         params["stage_b"] = model.init(keys[2], x, jnp.zeros((1,)), latents, text, method=model.end_to_end)["params"]
         return params, stats
+
+    def pretrained(self) -> dict:
+        """Parts of fresh groups, by group, for which there are public weights: the compressor's backbone, ImageNet's.
+
+        Read once, at a run's first start. Raises ValueError where `config.init.compressor` gives the group as well.
+        """
+        if not self.uses_latents:
+            return {}
+        weights, start = self.config.compressor.weights, self.config.init.compressor
+        if weights and start:
+            raise ValueError(
+                f"found config.compressor.weights {weights!r} beside config.init.compressor {start!r}, expected one of them; "
+                "set the other to ''"
+            )
+        return {} if start else imagenet_backbone(self.config.compressor, self.compressor)
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean loss of {"image": uint8 NHWC, "tokens", "mask", "row": [B]}: (loss, (statistics, metrics))."""

@@ -50,6 +50,8 @@ def check(config: ConfigDict, workdir: epath.Path) -> None:
     warm_start.check_names(dict(config.init), frozen | dict.fromkeys(task.trained))
     if GROUP in frozen:  # a tokenizer of the stage's own is trained when its turn comes
         task.tokenizer(source, workdir / runs.TOKENIZER)
+    if hasattr(task, "pretrained") and not (workdir / "config.json").exists():
+        task.pretrained()
 
 
 def pretrain_config(config: ConfigDict) -> ConfigDict:

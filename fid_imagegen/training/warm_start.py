@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fid_imagegen.parallel.sharding import path_name
 from fid_imagegen.training.runs import read_params
@@ -28,6 +29,11 @@ def fill(groups: dict[str, Any], init: dict[str, str], workdir: epath.Path) -> d
         folder = init.get(name.removesuffix(STATISTICS), "")
         filled[name] = _matched(tree, _named(read(folder), name, folder), folder) if folder else tree
     return filled
+
+
+def overlay(groups: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """`groups` with the leaves of `parts`, trees that hold some of theirs, in their places."""
+    return unflatten_dict(flatten_dict(groups) | flatten_dict(parts))
 
 
 def whole(frozen: dict[str, Any]) -> dict[str, Any]:

@@ -364,6 +364,11 @@ def test_damaged_and_foreign_files_are_named(public, towers, tmp_path):
     with pytest.raises(ValueError, match=r"found .*prior/config.json unreadable"):
         read(root)
     write_json(path, fields)
+    vqgan = {name: value for name, value in VQGAN.items() if name != "scale_factor"}
+    write_json(root / "decoder" / "vqgan" / "config.json", vqgan)
+    with pytest.raises(ValueError, match=r"found no scale_factor in .*vqgan/config.json"):
+        read(root)
+    write_json(root / "decoder" / "vqgan" / "config.json", VQGAN)
     weights = {"clip_txt_mapper.weight": np.zeros(1)}
     safetensors.numpy.save_file(weights, root / "prior" / "prior" / WEIGHTS)
     with pytest.raises(ValueError, match="found 'clip_txt_mapper.weight' in .*: weights of Stable Cascade"):

@@ -52,9 +52,10 @@ def test_heads_of_the_authors_file_and_of_the_npz_are_the_same(vgg16, heads):
         np.testing.assert_array_equal(authors[f"lin{i}"], packed[f"lin{i}"])
 
 
-def test_missing_file_is_named_with_the_stated_variant(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*torchvision.*config\.distance = 'l2'"):
+def test_missing_file_is_named_with_the_stated_variants(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"vgg16-397923af\.pth.*torchvision.*config\.distance='l2'") as error:
         load_lpips(tmp_path / "vgg16-397923af.pth", tmp_path / "heads.npz")
+    assert "config.STAGE.objective.perceptual='laplacian' for Stage A and the previewer" in str(error.value)
 
 
 def test_wrong_tensors_are_all_listed(vgg16, heads):

@@ -165,6 +165,14 @@ def test_missing_file_is_named(tmp_path):
         load_stage(MODELS["small C"], tmp_path / "nothing.pt")
 
 
+def test_damaged_file_is_named(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(
+        ValueError, match=r"found '.*cut\.safetensors' unreadable \(Saf.*Würstchen v2's StageC; download"
+    ):
+        load_stage(MODELS["small C"], tmp_path / "cut.safetensors")
+
+
 # ---- against diffusers
 
 
@@ -223,6 +231,16 @@ def test_the_authors_files_are_read(name, entry, tmp_path):
     found = to_state_dict(model, load_stage(model, tmp_path / "model.pt"))
     for k, tensor in tensors.items():
         np.testing.assert_array_equal(found[k], tensor, err_msg=k)
+
+
+@pytest.mark.parity
+def test_a_file_of_other_entries_is_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"effnet_state_dict": {}, "step": 3}, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"found \['effnet_state_dict', 'step'\] in .*model\.pt', .*or ema_state_dict, or"
+    ):
+        load_stage(MODELS["small C"], tmp_path / "model.pt")
 
 
 @pytest.mark.parity

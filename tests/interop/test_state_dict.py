@@ -55,6 +55,32 @@ def test_missing_and_unknown_files_say_what_to_do(tmp_path):
         read_state_dict(tmp_path / "w.h5", "the weights", "do this")
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\n"
+CUT = slice(None, -40)
+
+
+def refused(path, whole):
+    """The error's text for a file that is cut short, empty, and something else."""
+    for content in (whole[CUT], b"", LFS):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="unreadable") as error:
+            read_state_dict(path, "the weights", "do this")
+        assert f"found {str(path)!r} unreadable (" in str(error.value)
+        assert str(error.value).endswith("), expected the weights; download it again")
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_named(tmp_path):
+    tensors = {"a": np.ones((20, 20), np.float32)}
+    np.savez(tmp_path / "w.npz", **tensors)
+    refused(tmp_path / "w.npz", (tmp_path / "w.npz").read_bytes())
+    refused(tmp_path / "w.safetensors", safetensors.numpy.save(tensors))
+    np.save(tmp_path / "w.npy", tensors["a"])
+    (tmp_path / "w.npz").write_bytes((tmp_path / "w.npy").read_bytes())
+    with pytest.raises(ValueError, match=r"w\.npz' unreadable"):
+        read_state_dict(tmp_path / "w.npz", "the weights", "do this")
+
+
 def test_pth_without_torch_says_so(tmp_path, monkeypatch):
     (tmp_path / "w.pth").touch()
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -69,3 +95,33 @@ def test_reads_pth_with_torch(tmp_path):
     found = read_state_dict(tmp_path / "w.pth", "weights", "do this")
     np.testing.assert_array_equal(found["a"], np.arange(6.0).reshape(2, 3))
     assert found["b"].dtype == np.float32
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_pth_is_named(tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.ones(20, 20)}, path, _use_new_zipfile_serialization=zipped)
+    refused(path, path.read_bytes())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("content", "found"), [("tensor", "a Tensor"), ("list", "a list"), ("trainer", r"\['epoch', 'model'\]")]
+)
+def test_pth_of_something_else_is_named(tmp_path, content, found):
+    torch = pytest.importorskip("torch")
+    x = torch.ones(3)
+    torch.save({"tensor": x, "list": [x], "trainer": {"model": {"a": x}, "epoch": 3}}[content], tmp_path / "w.pth")
+    for entries in ((), ("ema",)):
+        with pytest.raises(ValueError, match=rf"found {found} in '.*w\.pth', expected tensors by name.*: the weights"):
+            read_state_dict(tmp_path / "w.pth", "the weights", "do this", entries)
+
+
+@pytest.mark.parity
+def test_the_first_entry_that_is_there_is_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"model": {"a": torch.zeros(1)}, "ema": {"a": torch.ones(1)}}, tmp_path / "w.pt")
+    for entries in (("ema", "model"), ("absent", "ema")):
+        assert read_state_dict(tmp_path / "w.pt", "the weights", "do this", entries)["a"] == 1
