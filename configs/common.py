@@ -59,6 +59,7 @@ def training(task: str) -> ConfigDict:
     config.data.path = ""
     config.data.split = "train"  # tfds only
     config.data.image_size = 32
+    config.data.resize = 0  # random crops of image_size of pictures shrunk to this size; 0: whole pictures
     config.data.buckets = ()  # (height, width) each, for Stages B and C; (): squares of image_size
     config.data.channels = 3
     config.data.flip = False

@@ -34,7 +34,7 @@ def get_sweep():
 
 def laptop(config):
     """What the stages have in common."""
-    config.data.image_size = SIZE
+    config.data.update({"image_size": SIZE, "resize": 0})  # whole scenes
     config.update({"batch_size": 64, "ema_decays": (0.995,)})
     config.checkpoint.every = config.log.sample_every = 500
     config.log.every = 20

@@ -52,9 +52,9 @@ RULES = ((r".*", "fsdp"),)
 
 
 def stage_a() -> ConfigDict:
-    """Stage A: 500,000 steps of 256 crops of 128 px; adversarial from step 10,000 on."""
+    """Stage A: 500,000 steps of 256 crops of 128 px of pictures of 256 px; adversarial from step 10,000 on."""
     config = common.training("stage_a")
-    config.data.image_size = 128
+    config.data.update({"image_size": 128, "resize": 256})
     config.model = ConfigDict(VQGAN)
     config.discriminator = ConfigDict({"widths": (64, 128, 256, 512, 512, 512)})
     config.objective = ConfigDict({"mse": 1.0, "perceptual": "lpips", "perceptual_weight": 0.1})
@@ -290,6 +290,7 @@ TINY_COMPRESSOR = {"name": "conv", "size": 64, "stride": 16, "widths": (8, 16, 3
 
 
 def _tiny_a(config: ConfigDict) -> None:
+    config.data.resize = 96
     config.model.update(TINY_VQGAN)
     config.discriminator.widths = (8, 16, 32)
     config.objective.perceptual = "laplacian"

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -69,7 +70,7 @@ class CaptionedFiles(ImageFiles):
         """(image, line) of each .txt; one without an image keeps its own name."""
         images = {file.rpartition(".")[0]: file for file in self.files}
         for name in beside:
-            for line in self._read(name).splitlines():
+            for line in self._read(name).split("\n"):
                 yield images.get(name.rpartition(".")[0], name), line
 
     def _read(self, name: str) -> str:
@@ -107,24 +108,45 @@ def texts(source) -> Iterator[str]:
 def _rows(name: str, text: str) -> Iterator[tuple[str, str]]:
     """(image, caption) of a table's rows."""
     folder = PurePosixPath(name).parent
-    if name.endswith(".csv"):
-        rows = enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2)
-    else:
-        rows = ((i, _parse(line)) for i, line in enumerate(text.splitlines(), start=1) if line.strip())
-    for number, row in rows:
+    for number, row in _csv(name, text) if name.endswith(".csv") else _json_lines(text):
         file, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
-        if not isinstance(file, str) or not isinstance(caption, str):
+        if not is_text(file) or not is_text(caption):
             raise ValueError(
-                f"found {str(row)[:200]} in row {number} of {name}, expected strings `file` and `caption`; correct it"
+                f"found {str(row)[:200]} in row {number} of {name}, expected strings `file` and `caption` of whole characters; "
+                "correct it"
             )
         yield (folder / file).as_posix(), caption
 
 
-def _parse(line: str):
+def _csv(name: str, text: str) -> Iterator[tuple[int, dict]]:
+    number = 1  # the header's
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), start=2):
+            yield number, row
+    except csv.Error as error:
+        raise ValueError(
+            f"found a row after row {number} of {name} that cannot be read ({error}), expected quotes in pairs; close the "
+            "quote that is open there"
+        ) from error
+
+
+def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
+    # `splitlines` also cuts at U+0085 and U+2028, which stand in JSON's strings as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, _parse(line)
+
+
+def _parse(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line  # shown by the error of its row
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON can also spell half of a pair of surrogates, as in "\\ud83d"."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 
 def listed(names: list[str]) -> str:

@@ -50,7 +50,7 @@ def refusal(filters: Filters, caption: str, metadata: dict, height: int, width: 
 
 def _score(metadata: dict, key: str, worst: float) -> float:
     value = metadata.get(key)
-    return float(value) if isinstance(value, (int, float)) else worst  # a NaN passes no threshold
+    return value if isinstance(value, (int, float)) else worst  # a NaN passes no threshold
 
 
 def perceptual_hash(image: UInt8[np.ndarray, "height width 3"]) -> int:

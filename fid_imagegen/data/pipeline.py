@@ -20,7 +20,7 @@ from jaxtyping import Int32, Int64, UInt8, UInt64
 
 from fid_imagegen.data import buckets
 from fid_imagegen.data.sources import Source
-from fid_imagegen.data.transforms import mirrored, random_flip, resize_and_crop
+from fid_imagegen.data.transforms import centre_crop, mirrored, random_crops, random_flip, resize_and_crop
 
 MEMORY_LIMIT = 2**30  # bytes: decoded records of a set up to this size are kept, in each process
 LAST_STEP = 2**40
@@ -53,7 +53,7 @@ class _Order:
 
 
 def _draws(seed: int, first: int, count: int) -> UInt64[np.ndarray, "count words"]:
-    """Four random 64-bit words for each of those examples; each augmentation reads its own column."""
+    """Four random 64-bit words for each of those examples: of the flip, of the caption, and two of the crop."""
     return _philox(seed, AUGMENTATION, counter=first).random_raw(4 * count).reshape(count, 4)
 
 
@@ -100,7 +100,7 @@ class _Records:
 
 def _bucketed(source: Source, config) -> list[_Records]:
     """The records of every bucket, kept when the whole set fits in MEMORY_LIMIT."""
-    members, sizes = buckets.members(source, config), buckets.sizes(config)
+    members, sizes = buckets.members(source, config), [2 * (config.resize,)] if config.resize else buckets.sizes(config)
     pixels = sum(len(indices) * math.prod(size) for indices, size in zip(members, sizes, strict=True))
     make = functools.partial(_Records, source, channels=config.channels, keep=pixels * config.channels <= MEMORY_LIMIT)
     return list(map(make, members, sizes))
@@ -138,9 +138,9 @@ def batches(
 
     Yields {"image": uint8 [B/P, H, W, C] in 0..255, "label": int32 [B/P], "index": int64 [B/P], the index in `source`}
     with B = batch_size, P = process_count; process p holds the contiguous rows p B/P, ..., (p + 1) B/P - 1. H, W are those
-    of the step's bucket, on every process. Each epoch is another permutation of a bucket's records, and a batch may hold
-    the end of one and the start of the next. The iterator has a `close()` that stops its threads; being collected does
-    the same.
+    of the step's bucket, on every process; with `resize` each image is a random crop. Each epoch is another permutation of
+    a bucket's records, and a batch may hold the end of one and the start of the next. The iterator has a `close()` that
+    stops its threads; being collected does the same.
 
     A captioned source adds "caption", an object array of strings [B/P], or in its place the arrays [B/P, ...] that
     `tokenize` makes of them, such as {"tokens", "mask"}; of several captions of a record the example's random bits choose.
@@ -179,6 +179,7 @@ def batches(
             captions = map(source.captions, indices.tolist()) if captioned else ()
         else:
             images, labels, captions = part.take(places)
+            images = random_crops(images, draws[:, 2:], config.image_size) if config.resize else images
             made = {"image": random_flip(images, draws[:, 0]) if flip else images, "label": labels}
         if captioned and "text" not in made:
             chosen = _chosen(captions, draws)
@@ -191,8 +192,8 @@ def batches(
 
 def examples(source: Source, config, indices: Sequence[int]) -> UInt8[np.ndarray, "n size size channels"]:
     """The records `indices` of the source, cut to squares whatever the buckets, never augmented: for evaluation and previews."""
-    size = (config.image_size, config.image_size)
-    images = [read(source, index, size)[0] for index in indices]
+    size, whole = 2 * (config.image_size,), 2 * (config.resize or config.image_size,)
+    images = [centre_crop(read(source, index, whole)[0], size) for index in indices]
     return np.stack(images) if images else np.zeros((0, *size, config.channels), np.uint8)
 
 

@@ -266,13 +266,30 @@ class Part:
         return self.source[int(self.indices[index])]
 
 
+def _covering(kind: str, config) -> Source:
+    if config.buckets or config.resize < config.image_size:
+        raise ValueError(
+            f"found resize={config.resize} with image_size={config.image_size}, buckets={config.buckets}, expected at least "
+            "image_size and no buckets: crops are squares; change config.data"
+        )
+    whole = config.copy_and_resolve_references()
+    whole.image_size = config.resize
+    try:
+        return SOURCES[kind](whole)
+    except ValueError as error:
+        raise ValueError(f"{error} (here image_size is config.data.resize)") from error
+
+
 def make_source(config, *, held_out: bool = False) -> Source:
     """The source that `config.data` describes.
 
     With `holdout_every` = k > 0, record i of the source is held out when i mod k = k - 1; the result is the held-out
     part (`held_out=True`) or the rest. With k = 0 it is the whole source.
 
-    Errors: ValueError for an unknown source, channels other than 1 or 3, an empty part, or `held_out` with k = 0.
+    With `resize` its pictures cover that square instead of `image_size`, and those that are drawn are drawn as large.
+
+    Errors: ValueError for an unknown source, channels other than 1 or 3, a `resize` below `image_size` or with buckets, an
+    empty part, or `held_out` with k = 0.
     """
     kind, every = config.source.partition(":")[0], config.holdout_every
     if kind not in SOURCES:
@@ -283,7 +300,7 @@ def make_source(config, *, held_out: bool = False) -> Source:
         raise ValueError(
             "found holdout_every=0 where held-out records are wanted, expected k > 0; set config.data.holdout_every"
         )
-    source = SOURCES[kind](config)
+    source = _covering(kind, config) if config.resize else SOURCES[kind](config)
     if every == 0:
         return source
     chosen = (np.arange(len(source)) % every == every - 1) == held_out

@@ -1,4 +1,4 @@
-"""Decoding, channels, resize and crop of one image, and the random flip of a batch. All on uint8."""
+"""Decoding, channels, resize and crop of one image, and random crops and flips of a batch. All on uint8."""
 
 import io
 
@@ -59,7 +59,7 @@ def resize_and_crop(
 
     PIL's BICUBIC: its support grows with the reduction, so it is antialiased; it is the resize of CLIP and of clean-fid
     and rings less at edges than LANCZOS. One side becomes that of `size`, the other keeps the aspect, rounded, halves to
-    even; the crop starts at floor of half of what is too much.
+    even.
 
     Errors: ValueError for an image that does not cover `size`; nothing is enlarged silently.
     """
@@ -75,8 +75,24 @@ def resize_and_crop(
         fitted = height, round(columns * height / rows)
     if fitted != (rows, columns):
         image = np.asarray(_picture(image).resize(fitted[::-1], RESAMPLING)).reshape(*fitted, channels)
-    top, left = (fitted[0] - height) // 2, (fitted[1] - width) // 2
-    return image[top : top + height, left : left + width]
+    return centre_crop(image, size)
+
+
+def centre_crop(
+    image: UInt8[np.ndarray, "rows columns channels"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "height width channels"]:
+    """The middle `size` = (height, width) of the image; it starts at floor of half of what is too much."""
+    top, left = (image.shape[0] - size[0]) // 2, (image.shape[1] - size[1]) // 2
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def random_crops(
+    images_BHWC: UInt8[np.ndarray, "batch height width channels"], draws_B2: UInt64[np.ndarray, "batch 2"], size: int
+) -> UInt8[np.ndarray, "batch size size channels"]:
+    """A square of each image, whose first row and column its two words of 64 random bits choose."""
+    places = np.array(images_BHWC.shape[1:3], np.uint64) - np.uint64(size - 1)
+    corners = (draws_B2 % places).tolist()
+    return np.stack([image[y : y + size, x : x + size] for image, (y, x) in zip(images_BHWC, corners, strict=True)])
 
 
 def random_flip(

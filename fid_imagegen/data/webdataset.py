@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import UInt32
 from PIL import Image
 
-from fid_imagegen.data.captions import listed
+from fid_imagegen.data.captions import is_text, listed
 from fid_imagegen.data.filters import Duplicates, Filters, perceptual_hash, refusal
 from fid_imagegen.data.image_files import UNREADABLE
 from fid_imagegen.data.transforms import decode
@@ -33,6 +33,7 @@ KEPT = ("url", "punsafe", "pwatermark", "aesthetic", "AESTHETIC_SCORE")  # of th
 SHARD = 4096  # records
 CHUNK = 256  # samples that are decoded at once
 EARLY = 10_000  # samples below which a high share of corrupt ones may still even out
+OPEN = 256  # shards at once: many systems allow a process 1,024 files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,9 @@ def _sample(name: str, parts: dict[str, bytes]) -> Sample | Corrupt:
         if not isinstance(metadata, dict):
             raise ValueError(f"a {type(metadata).__name__} in place of a table")
         caption = parts["txt"].decode("utf-8") if "txt" in parts else str(metadata.get("caption") or "")
-    except ValueError as error:
+        if not is_text(caption):
+            raise ValueError(f"half a character in {caption[:200]!r}")
+    except (ValueError, RecursionError) as error:
         return Corrupt(name, f"unreadable json or txt ({error})")
     return Sample(name, picture, caption, metadata)
 
@@ -311,14 +314,38 @@ class Prepared:
         return json.loads(header), picture
 
 
-def open_shards(folder: Path, shards: dict[str, int]):
-    """The records of {file: its number of records} in order, by number; ValueError names files that are not whole."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource  # Linux only
+class Records:
+    """The records of {file: its number of records} in order, by number; reading is thread-safe."""
 
+    def __init__(self, folder: Path, shards: dict[str, int]):
+        names = list(shards)
+        self.starts = np.cumsum([0, *shards.values()])
+        # A shard that is put away while another thread reads it is closed after that.
+        self.opened = functools.lru_cache(OPEN)(lambda number: _open(folder / names[number]))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> bytes:
+        number = int(self.starts.searchsorted(index, side="right")) - 1
+        return self.opened(number).read([int(index - self.starts[number])])[0]
+
+
+def _open(shard: Path):
+    from array_record.python.array_record_module import ArrayRecordReader  # Linux only
+
+    # Records are read one by one, at random.
+    return ArrayRecordReader(str(shard), options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+
+
+def open_shards(folder: Path, shards: dict[str, int]) -> Records:
+    """The records of {file: its number of records}; ValueError names files that are not whole."""
     problems = []
     for name, count in shards.items():
         try:
-            found = len(ArrayRecordDataSource([str(folder / name)]))
+            reader = _open(folder / name)
+            found = reader.num_records()
+            reader.close()  # tells what opening kept to itself
         except Exception as error:  # the library raises nothing narrower
             problems.append(f"{name}: unreadable ({error})")
         else:
@@ -327,4 +354,4 @@ def open_shards(folder: Path, shards: dict[str, int]):
         raise ValueError(
             f"found {len(problems)} of {len(shards)} shards of {folder} incomplete{listed(problems)}; copy the folder again"
         )
-    return ArrayRecordDataSource([str(folder / name) for name in shards])
+    return Records(folder, shards)

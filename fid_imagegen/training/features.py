@@ -1,5 +1,6 @@
 """The cached features of a run: what they depend on, and how its frozen encoders make them."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,19 @@ from fid_imagegen.tasks.text import GROUP, no_text
 
 
 def feature_key(run) -> dict:
-    """What the features of a run depend on: data, settings, weights. JSON types, flat. ValueError for a task that reads none."""
+    """What the features of a run depend on: data, settings, weights. JSON types, flat.
+
+    Errors: ValueError for a task that reads none, and for random crops.
+    """
     if not hasattr(run.task, "feature_key"):
         raise ValueError(
             f"found features for task {run.config.task!r}, which needs the pictures, expected them for stage_c alone; "
             "leave its config.data.features empty"
+        )
+    if run.config.data.resize:
+        raise ValueError(
+            f"found features with resize={run.config.data.resize}, expected 0: every step would crop anew; set "
+            "config.data.resize=0"
         )
     weights = {f"{name} weights": digest for name, digest in run.frozen_hashes.items()}
     return data_key(run.config.data, run.source) | run.task.feature_key(run.tokenizer) | weights
@@ -66,12 +75,15 @@ class Encoder:
         return self._rows(self._encode, *map(np.asarray, no_text(tokens)))[0]
 
     def _bucket(self, indices: Int[np.ndarray, "n"], size: tuple[int, int]) -> Iterator[Record]:
-        """Features of records of one size, which are read while others are encoded."""
+        """Features of records of one size. While a batch is encoded the next one is read, and no more: pictures are large."""
+        read = functools.partial(pipeline.read, self.run.source, size=size)
+        batch = self.run.config.batch_size
         with ThreadPoolExecutor() as pool:
-            reading = pool.map(lambda index: pipeline.read(self.run.source, index, size), indices)
-            while records := list(itertools.islice(reading, self.run.config.batch_size)):
-                yield from self._records(records)
-                self.bar.update(len(records))
+            reading = (pool.map(read, indices[start : start + batch]) for start in range(0, len(indices), batch))
+            for records, _next in itertools.pairwise(itertools.chain(reading, [()])):
+                for features in self._records(list(records)):
+                    yield features
+                    self.bar.update()
 
     def _records(self, records: list) -> Iterator[Record]:
         images, _, captions = zip(*records, strict=True)

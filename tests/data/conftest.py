@@ -23,6 +23,7 @@ def config():
                 "path": "",
                 "split": "train",
                 "image_size": 8,
+                "resize": 0,
                 "buckets": (),
                 "channels": 1,
                 "flip": False,

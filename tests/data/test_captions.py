@@ -59,6 +59,18 @@ def test_captions_of_every_kind(folder, tmp_path, images, captioned, kind, conta
     assert list(texts(source)) == [text for all in CAPTIONS for text in all]
 
 
+SEPARATED = "above\u2028below\u0085end"  # `str.splitlines` cuts at both
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "a.txt"])
+def test_only_a_line_feed_ends_a_line(tmp_path, images, captioned, name):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    row = json.dumps({"file": "a.png", "caption": SEPARATED}, ensure_ascii=False)
+    text = row if name.endswith("jsonl") else SEPARATED
+    (tmp_path / name).write_text(f"{text}\r\n{text}\n", encoding="utf-8", newline="")
+    assert captioned(tmp_path).captions(0) == (SEPARATED, SEPARATED)
+
+
 def test_fingerprint_follows_the_captions_and_not_their_container(folder, captioned):
     found = set()
     for write in WRITERS.values():
@@ -269,6 +281,18 @@ def test_nothing_captioned_is_an_error_even_if_skipping(folder, captioned):
         ("captions.jsonl", b'\n["a", "b"]', "in row 2 of captions.jsonl"),
         ("captions.jsonl", b'{"file": "a", "caption": 3}', "in row 1 of captions.jsonl"),
         ("captions.jsonl", b"{file", "found {file in row 1 of captions.jsonl"),
+        (
+            "captions.jsonl",
+            rb'{"file": "a", "caption": "half \ud83d"}',
+            r"found .*half \\ud83d.* in row 1 .* whole characters",
+        ),
+        ("captions.jsonl", b'\n{"file": "\\udc00", "caption": "b"}', "in row 2 of captions.jsonl"),
+        ("captions.jsonl", b"[" * 100_000, r"found \[\[.* in row 1 of captions.jsonl"),
+        (
+            "captions.csv",
+            b'file,caption\na,b\nc,"d\n' + b"e,f\n" * 40_000,
+            r"found a row after row 2 of captions.csv that cannot be read \(.*\), expected quotes in pairs; close",
+        ),
         ("captions.csv", b"file,caption\na,\xff\n", "found captions.csv in .* that is not UTF-8 .*; save it as UTF-8"),
     ],
 )

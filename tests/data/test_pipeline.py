@@ -10,7 +10,8 @@ import weakref
 import numpy as np
 import pytest
 
-from fid_imagegen.data import pipeline
+from configs import wuerstchen
+from fid_imagegen.data import pipeline, sources
 from fid_imagegen.data.sources import make_source
 
 
@@ -147,6 +148,85 @@ def test_large_images_are_resized_and_cropped(folder, config, images):
     assert pipeline.examples(make_source(made), made, []).shape == (0, 8, 8, 3)
 
 
+class Captioned(sources.Npz):
+    def captions(self, index):
+        return ("one", "two")
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"captions": self.captions(index)}
+
+
+@pytest.fixture
+def places(tmp_path, config, monkeypatch):
+    """Five pictures of 11x14 whose pixels are (row, column, record); 8x8 crops of their middle 11x11, and whole ones."""
+    monkeypatch.setitem(sources.SOURCES, "npz", Captioned)
+    rows, columns = np.indices((11, 14))
+    images = np.stack([np.stack([rows, columns, np.full_like(rows, i)], axis=-1) for i in range(5)])
+    np.savez(tmp_path / "set.npz", images=images.astype(np.uint8))
+    made = [config(source="npz", path=tmp_path / "set.npz", channels=3, flip=True, resize=r) for r in (11, 0)]
+    return [(make_source(each), each) for each in made]
+
+
+def test_crops_are_whole_squares_of_their_records_at_every_place(places):
+    cropped, whole = (take(30, *each) for each in places)
+    np.testing.assert_array_equal(cropped["index"], whole["index"])
+    images = cropped["image"].reshape(-1, 8, 8, 3).astype(int)
+    tops, lefts, flipped = images[:, 0, 0, 0], images[:, 0].min(1)[:, 1], images[:, 0, 0, 1] > images[:, 0, 1, 1]
+    upright = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+    for image, top, left, index in zip(upright, tops, lefts, cropped["index"].ravel(), strict=True):
+        grid = np.indices((8, 8)) + np.array([top, left])[:, None, None]
+        np.testing.assert_array_equal(image, np.stack([*grid, np.full_like(grid[0], index)], axis=-1))
+    # 16 places in the middle 11 of 14 columns, mirrored or not, with either caption: 30 of the 1,920 examples each.
+    drawn = np.stack([tops, lefts - 1, flipped, cropped["caption"].ravel() == "two"], axis=-1)
+    found, counts = np.unique(drawn, axis=0, return_counts=True)
+    np.testing.assert_array_equal(found, list(itertools.product(range(4), range(4), range(2), range(2))))
+    assert counts.min() > 10
+    # The bits that mirror and that choose captions are those of whole pictures.
+    np.testing.assert_array_equal(cropped["caption"], whole["caption"])
+    twins = whole["image"].reshape(-1, 8, 8, 3).astype(int)
+    np.testing.assert_array_equal(flipped, twins[:, 0, 0, 1] > twins[:, 0, -1, 1])
+
+
+@pytest.mark.parametrize("limit", [0, pipeline.MEMORY_LIMIT])
+def test_crops_are_the_same_on_any_number_of_processes_after_a_restart_and_in_memory(places, limit, monkeypatch):
+    expected = take(12, *places[0])
+    monkeypatch.setattr(pipeline, "MEMORY_LIMIT", limit)
+    parts = [take(8, *places[0], start_step=4, process_index=p, process_count=2) for p in range(2)]
+    found = {key: np.concatenate([part[key] for part in parts], axis=1) for key in expected}
+    assert_equal(found, {key: value[4:] for key, value in expected.items()})
+
+
+def test_examples_are_the_centre_of_what_is_cropped(places):
+    (cropped, made), _ = places
+    found = pipeline.examples(cropped, made, [3])
+    assert found.shape == (1, 8, 8, 3)
+    assert found[0, 0, 0].tolist() == [1, 2, 3] and found[0, -1, -1].tolist() == [8, 9, 3]
+
+
+def test_what_is_drawn_is_drawn_to_be_cropped_in_stage_a():
+    published, local = (wuerstchen.get_config(arg).stage_a.data for arg in ("", "runlocal"))
+    assert (published.image_size, published.resize) == (128, 256)
+    source = make_source(local)
+    assert source[0]["image"].shape == (96, 96, 3)
+    assert take(1, source, local, batch_size=4)["image"].shape == (1, 4, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resize": 7}, "found resize=7 with image_size=8, buckets=.*, expected at least image_size"),
+        ({"resize": 8, "buckets": ((8, 8),)}, r"found resize=8 .*buckets=\(\(8, 8\),\), expected .* no buckets"),
+        (
+            {"resize": 9},
+            r"found images of 8x8 pixels in digits, .*image_size=9; .*\(here image_size is config.data.resize",
+        ),
+    ],
+)
+def test_crops_that_cannot_be(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_source(config(**changes))
+
+
 def test_to_global(digits):
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -185,7 +265,7 @@ def test_an_open_iterator_does_not_hold_up_the_end_of_the_program():
     program = """
 from types import SimpleNamespace
 from fid_imagegen.data import pipeline, sources
-config = SimpleNamespace(source="synthetic", image_size=8, buckets=(), channels=1, flip=True, holdout_every=0)
+config = SimpleNamespace(source="synthetic", image_size=8, resize=0, buckets=(), channels=1, flip=True, holdout_every=0)
 iterator = pipeline.batches(sources.make_source(config), config, seed=0, batch_size=8)
 next(iterator)
 """

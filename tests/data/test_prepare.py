@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,11 +155,24 @@ def test_bad_members_are_named(tar):
         [("b.jpg", b"x"), ("b.json", b"[1]")],
         [("c.jpg", b"x"), ("c.txt", b"\xff")],
         [("d.txt", b"text")],
+        [("e.jpg", b"x"), ("e.json", rb'{"caption": "half \ud83d"}')],
+        [("f.jpg", b"x"), ("f.json", b"[" * 100_000)],
     ]
     found = list(samples(tar(*cases)))
     assert all(isinstance(entry, Corrupt) for entry in found)
-    assert [entry.name for entry in found] == [f"00000.tar/{key}" for key in "abcd"]
+    assert [entry.name for entry in found] == [f"00000.tar/{key}" for key in "abcdef"]
     assert "json" in found[0].reason and "a list" in found[1].reason and "no picture among ['txt']" in found[3].reason
+    assert "half a character" in found[4].reason and "unreadable json" in found[5].reason
+
+
+def test_samples_of_half_a_character_and_of_endless_tables_are_counted_and_skipped(tar, tmp_path):
+    half = sample(1)
+    half[1:] = [("000000001.json", rb'{"caption": "half \ud83d"}')]
+    endless = sample(2)
+    endless[1] = ("000000002.json", b"[" * 100_000)
+    report = prepare([tar(sample(0), half, endless, sample(3))], tmp_path / "out", SMALL, max_corrupt=0.5)
+    assert report["read"] == 4 and report["kept"] == 2
+    assert [found["name"] for found in report["corrupt"]] == ["00000.tar/000000001", "00000.tar/000000002"]
 
 
 # Filters
@@ -371,6 +385,25 @@ def test_bad_prepared_folders(tar, tmp_path, config):
     manifest.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match=r"found format 'other' in .*, expected 'fid_imagegen.prepared.1'"):
         source()
+
+
+def test_any_number_of_shards_needs_few_descriptors(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    numbers, start = range(300), 0
+    shards = {f"{number}.array_record": 1 + number % 2 for number in numbers}
+    for name, count in shards.items():
+        writer = ArrayRecordWriter(str(tmp_path / name), "group_size:1")
+        for index in range(start, start := start + count):
+            writer.write(str(index).encode())
+        writer.close()
+    records = webdataset.open_shards(tmp_path, shards)
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(start), 3))
+    with ThreadPoolExecutor(8) as pool:  # shards are put away while others read them
+        assert list(pool.map(records.__getitem__, order)) == [str(index).encode() for index in order]
+    assert len(records) == start
+    files = [os.readlink(file.path) for file in os.scandir("/proc/self/fd") if os.path.exists(file.path)]
+    assert 0 < sum(file.startswith(str(tmp_path)) for file in files) <= 256
 
 
 def test_the_command(tar, tmp_path):

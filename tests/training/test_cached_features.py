@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from PIL import Image
 from configs import wuerstchen
 from fid_imagegen import features, tasks
 from fid_imagegen.data import features as data_features
+from fid_imagegen.data.sources import make_source
 from fid_imagegen.data.tokenizer import train_bpe
 from fid_imagegen.interop.clip import save_clip
 from fid_imagegen.interop.safetensors_io import save_tree
@@ -19,6 +21,7 @@ from fid_imagegen.models.text import clip
 from fid_imagegen.parallel import mesh
 from fid_imagegen.tasks.latent import unit
 from fid_imagegen.training import runs
+from fid_imagegen.training.features import Encoder
 from fid_imagegen.training.loop import Run
 
 RECORDS, BATCH, STEPS = 12, 8, 4
@@ -127,6 +130,29 @@ def test_what_is_cached_is_what_training_makes_of_every_batch(pair):
     assert shapes == {(2, 2), (2, 3)}
 
 
+def test_one_batch_is_read_ahead_and_no_more(toy):
+    """Every picture is counted when it is read, every record when its features are taken."""
+    config, read, ahead = toy(), [], []
+    source = make_source(config.data)
+    counted = type("Counted", (type(source),), {"__getitem__": lambda self, i: read.append(i) or source[i]})(
+        config.data
+    )
+    task = SimpleNamespace(compress=lambda groups, images: images)
+    made = {"config": config, "source": counted, "task": task, "frozen": {}, "batch_sharding": None}
+
+    class Bar:
+        n = 0
+
+        def update(self, count=1):
+            self.n += count
+            ahead.append(len(read) - self.n)
+
+    records = Encoder(SimpleNamespace(**made), Bar())(range(10 * config.batch_size + 1))
+    assert len(records) == len(read) == 10 * config.batch_size + 1
+    np.testing.assert_allclose(records[-1]["latents"][0], unit(source[len(read) - 1]["image"]), atol=1e-6)
+    assert max(ahead) < 2 * config.batch_size
+
+
 def random_params(run):
     """All drawn: heads and gates start at zero otherwise."""
     rng, shapes = np.random.default_rng(1), jax.eval_shape(lambda: run.task.init(jax.random.key(0))[0])
@@ -218,6 +244,14 @@ def test_features_made_by_other_code_are_refused(root, monkeypatch):
     monkeypatch.setattr(data_features, "PREPROCESSING", 0)
     with pytest.raises(ValueError, match="preprocessing 1 there, 0 here"):
         Run(stage(root, "small", **{"data.features": str(root / "small")}), root / "run" / "stage_c")
+
+
+def test_random_crops_are_not_cached(root):
+    config = stage(root, "small", **{"data.resize": 32, "data.features": str(root / "small")})
+    with pytest.raises(ValueError, match="found features with resize=32, expected 0"):
+        Run(config, root / "run" / "stage_c")
+    with pytest.raises(ValueError, match="found features with resize=32, expected 0"):
+        features.make(config, root / "run" / "stage_c", root / "cropped", batch_size=8)
 
 
 def test_a_task_that_needs_pictures_takes_no_features(toy, tmp_path):
