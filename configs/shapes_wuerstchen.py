@@ -40,7 +40,7 @@ def laptop(config):
     config.log.every = 20
     for group in config.optimizers:
         config.optimizers[group] = common.optimizer(
-            "adam", 1e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
+            "adam", 2e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
         )
 
 
@@ -49,9 +49,7 @@ def tokenizer(config):
     config.model.update(VQGAN)
     config.discriminator.widths = (16, 32, 64)
     config.objective.update({"perceptual": "laplacian", "adversarial_start": 300, "adversarial": 0.002})
-    for group in config.optimizers.values():
-        group.learning_rate = 2e-3
-    config.num_steps, config.batch_size = 700, 16
+    config.num_steps, config.batch_size = 650, 16
 
 
 def decoder(config):
@@ -69,8 +67,8 @@ def decoder(config):
     config.text.encoder = "none"
     config.form = "v"
     config.disturbance.update({"noised": 0.75, "noised_until": 0.6})
-    config.sampling.update({"steps": 12, "guidance": 2.0})
-    config.num_steps, config.batch_size = 1300, 32
+    config.sampling.update({"steps": 12, "guidance": 1.5})
+    config.num_steps, config.batch_size = 1500, 32
 
 
 def prior(config):
@@ -84,7 +82,9 @@ def prior(config):
     config.text.vocabulary = 400
     config.text_dropped = 0.1
     config.sampling.update({"steps": 20, "guidance": 3.0})
-    config.num_steps = 1900
+    for group in config.optimizers.values():
+        group.learning_rate = 1e-3
+    config.num_steps = 2000
 
 
 def b_text(config):
