@@ -67,7 +67,7 @@ def decoder(config):
     config.text.encoder = "none"
     config.form = "v"
     config.disturbance.update({"noised": 0.75, "noised_until": 0.6})
-    config.sampling.update({"steps": 12, "guidance": 1.5})
+    config.sampling.update({"steps": 12, "guidance": 2.0})
     config.num_steps, config.batch_size = 1500, 32
 
 
