@@ -1,8 +1,13 @@
 """Text to image with random weights: shapes, sizes, what an image depends on, and refusals."""
 
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
 
+from configs import wuerstchen
+from fid_imagegen import tasks
 from fid_imagegen.evaluation.stages import cost_table, parameter_table
 from fid_imagegen.pipelines import WuerstchenPipeline
 
@@ -87,3 +92,17 @@ def test_tables_count_every_group_and_every_pass(pipe):
     small, large = cost_table(pipe, None, None), cost_table(pipe, 128, 128)
     assert 3.5 < large["stage A, decoding"] / small["stage A, decoding"] < 4.5  # four times the pixels
     assert small["sampling as the config says"] > 12 * small["stage B, one pass"]
+
+
+def test_the_public_model_costs_what_its_pytorch_form_does():
+    """torch's flop counter at 1024 px, without what is neither matrix product nor convolution: shared/reference/wuerstchen.md."""
+    config, made = wuerstchen.get_config("published,b_no_text"), {}
+    for stage in config.stages:
+        task = tasks.build(config[stage])
+        params, stats = jax.eval_shape(task.init, jax.random.key(0))
+        made[stage] = SimpleNamespace(config=config[stage], task=task, groups=params | stats)
+    made["stage_b"].groups |= {name: made["stage_a"].groups[name] for name in ("vqgan", "vqgan_stats")}
+    pipe = SimpleNamespace(stage_b=made["stage_b"], stage_c=made["stage_c"], step=128)
+    found = cost_table(pipe, 1024, 1024)
+    expected = {"stage C, one pass": 1.154e12, "stage B, one pass": 2.858e12, "stage A, decoding": 2.172e12}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=0.05)

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from fid_imagegen.pipelines import WuerstchenPipeline
+from fid_imagegen.tasks.first_stage import StageALatents
 
 
 def parameter_table(pipe: WuerstchenPipeline) -> dict[str, int]:
@@ -31,7 +33,9 @@ def cost_table(pipe: WuerstchenPipeline, height: int | None, width: int | None) 
     latents = jax.ShapeDtypeStruct(
         (1, *(side // b.task.first_stage.stride for side in (rows, columns)), b.task.first_stage.channels), jnp.float32
     )
-    decode = _flops(b.task.first_stage.decode, _abstract(b.groups), latents)
+    # Scanned blocks would be counted once.
+    first_stage = StageALatents(ConfigDict(b.config.vqgan.to_dict() | {"unroll": True}), b.config.latent_scale)
+    decode = _flops(first_stage.decode, _abstract(b.groups), latents)
     times = {
         name: config.sampling.steps * (1 + (config.sampling.guidance != 1))
         for name, config in (("stage C, one pass", c.config), ("stage B, one pass", b.config))
@@ -52,7 +56,6 @@ def _pass_flops(stage, latent_hw: tuple[int, int]) -> float:
         conditions = (latents, text, latent_hw)
     params = _abstract(stage.groups[config.task])
     cond = jax.eval_shape(lambda p: task.denoiser.condition(p, *conditions), params)
-    # Scanned blocks would be counted once.
     model = task.denoiser.model.clone(unroll=True)
     return _flops(lambda p, x, r, cond: model.apply({"params": p}, x, r, cond), params, x, level, cond)
 
