@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fid_imagegen.models.wuerstchen.stage_b import Upsample
+
 
 class Previewer(nn.Module):
     """Stages of two convolutions, each followed by GELU and BatchNorm; from the second on a stage begins by doubling the size.
@@ -34,9 +36,7 @@ class Previewer(nn.Module):
 
         for stage, width in enumerate(self.widths):
             if stage:
-                enter = nn.ConvTranspose(
-                    width, (2, 2), (2, 2), "VALID", transpose_kernel=True, dtype=self.dtype, name=f"enter_{stage}"
-                )
+                enter = Upsample(width, self.dtype, name=f"enter_{stage}")
             else:
                 enter = nn.Conv(width, (1, 1), dtype=self.dtype, name="enter_0")
             x = activate(enter(x), f"norm_enter_{stage}")
