@@ -6,6 +6,7 @@ Writes one PNG an image, a contact sheet, and the seconds of each stage. `--prom
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from PIL import Image
 
@@ -39,7 +40,7 @@ def read_prompts() -> list[str]:
 
 def main(argv):
     del argv
-    from fid_imagegen.evaluation.sheets import contact_sheet
+    from fid_imagegen.evaluation.sheets import captioned_sheet
     from fid_imagegen.evaluation.stages import cost_table, parameter_table
     from fid_imagegen.pipelines import WuerstchenPipeline
 
@@ -65,8 +66,8 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         Image.fromarray(image).save(out / f"{number:05d}.png")
-    rows = [(text[:40], images[i * NUM.value : (i + 1) * NUM.value]) for i, text in enumerate(prompts)]
-    contact_sheet(rows).save(out / "contact_sheet.png")
+    beside = [np.concatenate(images[i : i + NUM.value], axis=1) for i in range(0, len(images), NUM.value)]
+    captioned_sheet(prompts, beside).save(out / "contact_sheet.png")
     print(
         f"{len(images)} images in {out}; seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in sorted(pipe.seconds.items()))
     )
