@@ -81,7 +81,7 @@ def prior(config):
     wuerstchen.small_text(config, length=16, width=128)
     config.text.vocabulary = 400
     config.text_dropped = 0.1
-    config.sampling.update({"steps": 20, "guidance": 3.0})
+    config.sampling.update({"steps": 20, "guidance": 2.0})
     for group in config.optimizers.values():
         group.learning_rate = 1e-3
     config.num_steps = 2000
