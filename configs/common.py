@@ -159,8 +159,8 @@ def finish(config: ConfigDict, arg: str, variants: dict | None = None) -> Config
     They are applied in the order of `variants`, `runlocal` last, in whichever order they are named. Stages read the set that
     `config.data` names, each unless its own config names another.
     """
-    known = {"runlocal": runlocal} | (variants or {})
-    known["runlocal"] = known.pop("runlocal")
+    known = dict(variants or {})
+    known["runlocal"] = known.pop("runlocal", runlocal)
     named = set(filter(None, arg.split(",")))
     if unknown := sorted(named - set(known)):
         raise ValueError(f"found config argument {unknown[0]!r}, expected of {sorted(known)}")

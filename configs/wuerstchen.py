@@ -10,6 +10,8 @@ A config holds a whole config for each stage; `stages` says which are trained, i
 Stage C, 11,000 for Stage B. Not yet reproduced.
 """
 
+import itertools
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -187,7 +189,8 @@ def paper(config: ConfigDict) -> None:
     """
     published(config)
     split = {"stage_b": _phases_b, "stage_c": _phases_c}
-    config.stages = tuple(name for stage in config.stages for name in split.get(stage, lambda _: (stage,))(config))  # noqa: B023
+    phases = (split[stage](config) if stage in split else (stage,) for stage in config.stages)
+    config.stages = tuple(itertools.chain.from_iterable(phases))
 
 
 def _phases_b(config: ConfigDict) -> tuple[str, ...]:

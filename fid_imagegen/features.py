@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_flags
 from fid_imagegen import command
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-STAGE = flags.DEFINE_string("stage", "stage_c", "the stage of the config")
 flags.mark_flag_as_required("config")
+STAGE = flags.DEFINE_string("stage", "stage_c", "the stage of the config")
 WORKDIR = flags.DEFINE_string("workdir", None, "that of training", required=True)
 OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "pictures or captions encoded at once, on all devices together")
