@@ -10,8 +10,6 @@ A config holds a whole config for each stage; `stages` says which are trained, i
 Stage C, 11,000 for Stage B. Not yet reproduced.
 """
 
-import itertools
-
 from ml_collections import ConfigDict
 
 from configs import common
@@ -189,8 +187,7 @@ def paper(config: ConfigDict) -> None:
     """
     published(config)
     split = {"stage_b": _phases_b, "stage_c": _phases_c}
-    phases = (split[stage](config) if stage in split else (stage,) for stage in config.stages)
-    config.stages = tuple(itertools.chain.from_iterable(phases))
+    config.stages = sum((split[stage](config) if stage in split else (stage,) for stage in config.stages), ())
 
 
 def _phases_b(config: ConfigDict) -> tuple[str, ...]:

@@ -70,6 +70,7 @@ def test_the_pipeline_samples_the_same_image_from_the_same_weights(out, tensors,
     assert (config.data.image_size, config.form, config.latent_scale) == (768, "eps_ab", "published")
     assert (pipe.stage_b.config.data.image_size, pipe.stage_b.config.latent_scale) == (1024, 0.5)
     assert "compressor" not in pipe.stage_b.groups
+    assert pipe.latents(["a red star"], size=(128, 256), steps=1).shape == (1, 3, 6, 16)
     image = pipe("a red star", seed=3, **QUICK)
     assert image.shape == (1, 128, 256, 3) and image.std() > 1
 

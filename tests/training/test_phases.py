@@ -52,12 +52,12 @@ def test_a_mistake_in_a_later_stage_shows_before_the_first_is_trained(toy, tmp_p
     [
         ({"stage_c.init.nonsense": "../stage_a"}, "found config.init.nonsense"),
         ({"stage_c.text.encoder": "L", "stage_c.text.weights": "nowhere"}, "nowhere"),
-        ({"stage_a.objective.perceptual": "lpips"}, "vgg16"),
+        ({"previewer.objective.perceptual": "lpips"}, "vgg16"),
+        ({"stage_b.compressor.weights": "nowhere.pth"}, "found config.compressor.weights 'nowhere.pth'"),
     ],
 )
 def test_missing_weights_show_before_the_first_stage_is_trained(tmp_path, changes, message):
-    config = wuerstchen.get_config("runlocal").unlock()
-    config.stages = config.stages[::-1]
+    config = wuerstchen.get_config("previewer,runlocal").unlock()
     config.stage_c.init.nonsense = ""
     config.update_from_flattened_dict(changes)
     if config.stage_c.text.encoder != "small":
