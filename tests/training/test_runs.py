@@ -23,7 +23,9 @@ def test_a_work_directory_belongs_to_one_config(tiny, tmp_path):
     runs.write_config(tmp_path, tiny())
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ValueError, match="found another config in .*; expected the same; resume with that") as error:
-        runs.write_config(tmp_path, tiny(batch_size=16, accumulate=2, **{"optimizers.generator.b2": 0.5, "log.every": 7}))
+        runs.write_config(
+            tmp_path, tiny(batch_size=16, accumulate=2, **{"optimizers.generator.b2": 0.5, "log.every": 7})
+        )
     assert "batch_size: 8 there, 16 now" in str(error.value)
     assert "accumulate: 1 there, 2 now" in str(error.value)  # BatchNorm takes the statistics of each part
     assert "optimizers.generator.b2: 0.999 there, 0.5 now" in str(error.value)
