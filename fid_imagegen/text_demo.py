@@ -1,6 +1,7 @@
 """make demo-text: train the three stages on scenes of coloured shapes, show pictures of prompts, and check them by program.
 
-The prompts are of combinations that training never showed. Interrupted, it saves; run again, it goes on.
+The prompts are of combinations that training never showed. Interrupted, it saves; run again, it goes on. The same for the
+baselines: `--config configs/shapes_wuerstchen.py:ldm`, `:text_only`, `:transformer`, `:b_text`.
 """
 
 import json
@@ -21,7 +22,18 @@ JUDGED = 200
 SHOWN = 24
 
 
-def draw(pipe, scenes, images, workdir: Path) -> dict[str, Path]:
+def load(stages: tuple[str, ...], workdir: Path):
+    """(the pipeline of a config's stages, what its latents' statistics are if it has a compressor)."""
+    from fid_imagegen.evaluation.latents import latent_report
+    from fid_imagegen.pipelines import LatentDiffusionPipeline, WuerstchenPipeline
+
+    if "stage_c" not in stages:
+        return LatentDiffusionPipeline.from_pretrained(workdir / stages[-1]), {}
+    pipe = WuerstchenPipeline.from_pretrained(workdir)
+    return pipe, {"latents": latent_report(pipe.stage_b)}
+
+
+def draw(stages: tuple[str, ...], scenes, images, workdir: Path) -> dict[str, Path]:
     """Sheet of prompts, pictures and true renders; training curves: name -> file."""
     from fid_imagegen.data.shapes import render
     from fid_imagegen.evaluation.sheets import captioned_sheet, training_curves
@@ -31,7 +43,6 @@ def draw(pipe, scenes, images, workdir: Path) -> dict[str, Path]:
     truth = [render(scene, images.shape[1]) for scene in scenes[:SHOWN]]
     pairs = [np.concatenate(pair, axis=1) for pair in zip(images[:SHOWN], truth, strict=True)]
     captioned_sheet([scene.caption for scene in scenes[:SHOWN]], pairs).save(files["prompts"])
-    stages = ("stage_a", "stage_b", "stage_c")
     training_curves([(stage, read_metrics(workdir / stage)) for stage in stages], files["training_curves"])
     return files
 
@@ -53,20 +64,18 @@ def measure(scenes, images) -> dict:
 def main(argv):
     del argv
     from fid_imagegen.data.shapes import held_out_prompts
-    from fid_imagegen.evaluation.latents import latent_report
-    from fid_imagegen.pipelines import WuerstchenPipeline
     from fid_imagegen.training.phases import run
 
-    began, workdir = time.monotonic(), Path(WORKDIR.value)
+    began, workdir, config = time.monotonic(), Path(WORKDIR.value), command.load_config(CONFIG.value)
     print(f"training on {jax.devices()} into {workdir}; Ctrl-C saves, `make demo-text` goes on")
-    if not run(command.load_config(CONFIG.value), str(workdir)):
+    if not run(config, str(workdir)):
         print(f"stopped and saved in {workdir}; run the same command to go on")
         return
-    pipe, scenes = WuerstchenPipeline.from_pretrained(workdir), held_out_prompts(JUDGED)
+    (pipe, latents), scenes = load(config.stages, workdir), held_out_prompts(JUDGED)
     images = pipe([scene.caption for scene in scenes])
-    report = measure(scenes, images) | {"sampling_seconds": dict(pipe.seconds)}
-    report |= {"latents": latent_report(pipe.stage_b), "seconds": time.monotonic() - began}
-    files = draw(pipe, scenes, images, workdir)
+    report = measure(scenes, images) | {"sampling_seconds": dict(pipe.seconds)} | latents
+    report["seconds"] = time.monotonic() - began
+    files = draw(config.stages, scenes, images, workdir)
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
     for name, path in files.items():

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from fid_imagegen.pipelines.text import Images, ImageStage, checked_size, listed, listed_negative, padded
+from fid_imagegen.pipelines.text import Images, ImageStage, checked_size, listed, listed_negative, padded, timed
 from fid_imagegen.training import warm_start
 from fid_imagegen.training.runs import read_config
 
@@ -20,6 +20,7 @@ class LatentDiffusionPipeline:
 
     def __init__(self, stage: ImageStage):
         self.stage = stage
+        self.seconds: dict[str, float] = {}  # of the last call, by stage
 
     @classmethod
     def from_pretrained(cls, folder: epath.PathLike) -> "LatentDiffusionPipeline":
@@ -57,6 +58,7 @@ class LatentDiffusionPipeline:
         size = checked_size(height, width, stage.config.data.image_size, stage.step)
         asked = {"negative": negative, "size": padded(*size, stage.step), "scale": guidance_scale}
         asked["steps"] = stage.steps(num_inference_steps)
-        with tqdm(total=asked["steps"], disable=not progress) as bar:
+        with tqdm(total=asked["steps"], disable=not progress) as bar, timed(self.seconds, stage.config.task):
             made = stage.denoise(prompts, None, jax.random.key(seed), advanced=bar.update, **asked)
-        return stage.images(made, *size)
+        with timed(self.seconds, "first_stage"):
+            return stage.images(made, *size)

@@ -1,6 +1,8 @@
 """What text-to-image pipelines share: stages as they were trained, what may be asked of them, and the loop over their steps."""
 
+import contextlib
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,6 +151,14 @@ def checked_size(height: int | None, width: int | None, trained: int, step: int)
 def padded(height: int, width: int, step: int) -> tuple[int, int]:
     """The next size that is whole steps."""
     return tuple(-(-side // step) * step for side in (height, width))
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], stage: str):
+    """Writes what the block took into `seconds`."""
+    began = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - began
 
 
 @functools.partial(jax.jit, static_argnums=0)

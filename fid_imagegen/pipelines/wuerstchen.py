@@ -4,10 +4,8 @@ pipe = WuerstchenPipeline.from_pretrained("runs/demo-text")
 images = pipe("a red star at the top left", height=64, width=64, seed=0)       # uint8 [1, 64, 64, 3]
 """
 
-import contextlib
 import functools
 import math
-import time
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +21,7 @@ from fid_imagegen.pipelines.text import (
     listed,
     listed_negative,
     padded,
+    timed,
 )
 
 Size = tuple[int, int]
@@ -103,7 +102,7 @@ class WuerstchenPipeline:
         arguments = (stage.task, stage.groups, *stage.tokens(prompts), without)
         shape = (*(side // self.stage_b.task.stride for side in whole), stage.config.compressor.channels)
         key, condition = jax.random.key(seed), lambda guided: _condition(*arguments, guided)
-        with self._timed("stage_c"):
+        with timed(self.seconds, "stage_c"):
             made = stage.sample(condition, key, len(prompts), shape, **sampling)
         return stage.task.unscaled(stage.groups, made)
 
@@ -120,9 +119,9 @@ class WuerstchenPipeline:
         """Stages B and A: images of `size` of what `latents` gave for it; the rest is as there."""
         size, key = size or self._size(), jax.random.fold_in(jax.random.key(seed), 1)
         whole = padded(*size, self.step)
-        with self._timed("stage_b"):
+        with timed(self.seconds, "stage_b"):
             made = self.stage_b.denoise(prompts, latents, key, negative=negative, size=whole, **sampling)
-        with self._timed("stage_a"):
+        with timed(self.seconds, "stage_a"):
             return self.stage_b.images(made, *size)
 
     @property
@@ -133,12 +132,6 @@ class WuerstchenPipeline:
 
     def _size(self, height: int | None = None, width: int | None = None) -> Size:
         return checked_size(height, width, self.stage_b.config.data.image_size, self.step)
-
-    @contextlib.contextmanager
-    def _timed(self, stage: str):
-        begin = time.monotonic()
-        yield
-        self.seconds[stage] = time.monotonic() - begin
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
