@@ -13,6 +13,14 @@ OBJECTIVES = {
     "ict": {"s0": 10, "s1": 1280, "log_mean": -1.1, "log_deviation": 2.0},
     # Geng et al. 2024.
     "ect": {"q": 2.0, "stages": 8, "k": 8.0, "b": 1.0, "log_mean": -1.1, "log_deviation": 2.0},
+    # Song et al. 2023, CIFAR-10: from a teacher that `edm` trained.
+    "cd": {"levels": 18, "mu": 0.0},
+    # Karras et al. 2022: diffusion, the teacher.
+    "edm": {"log_mean": -1.2, "log_deviation": 1.2},
+    # Geng et al. 2025 and, its network of clean images, Lu et al. 2026.
+    "meanflow": {"logit_mean": -0.4, "logit_deviation": 1.0, "instant": 0.75, "power": 1.0, "offset": 0.01},
+    # Lu & Song 2025, CIFAR-10.
+    "sct": {"warmup": 10_000, "normaliser": 0.1, "log_mean": -1.0, "log_deviation": 1.4},
 }
 
 
@@ -108,7 +116,8 @@ def base() -> ConfigDict:
     config.model.unroll = False
 
     config.noise = ConfigDict({"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5})
-    config.preconditioning = "x0_blend"  # edm (faithful), x0_blend
+    config.preconditioning = "x0_blend"  # edm (faithful), x0_blend, mean_flow
+    config.time = "log"  # what the network is told of the noise level: log, angle (sct)
     config.objective = objective("ect")
     config.distance = "pseudo_huber"  # l2, laplacian, pseudo_huber, lpips
     config.lpips = ConfigDict({"vgg16": "", "heads": ""})
@@ -117,6 +126,7 @@ def base() -> ConfigDict:
 
     config.optimizers.generator = optimizer("radam", 1e-4)
     config.init.generator = ""
+    config.init.teacher = ""  # of cd: a run of objective edm
 
     # Reconstruction pre-training of patch embedding and predictor, run first into WORKDIR/pretrain; 0 steps: none.
     config.pretrain = ConfigDict({"num_steps": 0, "batch_size": 128, "accumulate": 1, "checkpoint_every": 1000})

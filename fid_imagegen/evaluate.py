@@ -15,7 +15,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run", requir
 FEATURES = flags.DEFINE_string("features", "pixels", "pixels, or resnet56 (CIFAR-10, with --weights)")
 WEIGHTS = flags.DEFINE_string("weights", None, "weights file of the feature network")
 NUM = flags.DEFINE_integer("num", 0, "images on each side; 0: all that are held out")
-STEPS = flags.DEFINE_integer("steps", 1, "network evaluations per sample")
+STEPS = flags.DEFINE_integer("steps", None, "sampling steps; default: 1, for a diffusion model 18")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the samples")
 
 

@@ -1,10 +1,14 @@
 """From a network's raw output to a consistency function, as a table of small pure functions of sigma.
 
-    f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, c_noise(sigma)),   f(x, sigma_min) = x
+    f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, levels(sigma))
+
+f takes a noisy image x = x0 + sigma z to a clean one in one jump, whichever objective taught it to.
 
 `edm` is CM's parameterisation (Song et al. 2023, Sec. 3 and App. C): at large sigma F stands for x0 / sigma_data, at small
 sigma for minus the noise, which a band-limited image function cannot represent. `x0_blend` puts the clean image in the
-network at every level: f = c_skip x + (1 - c_skip) G; it keeps the boundary condition.
+network at every level: f = c_skip x + (1 - c_skip) G. Of both f(x, sigma_min) = x. `mean_flow` is pixel MeanFlow's (Lu et al.
+2026, arXiv 2601.22158): on z = (1 - t) x0 + t z', t = sigma / (1 + sigma), the network's clean image G gives the mean velocity
+u = (z - G) / max(t, 0.05), and the jump to t = 0 is f = z - t u.
 """
 
 import dataclasses
@@ -16,7 +20,9 @@ from jaxtyping import Array, Float, Key
 from fid_imagegen.diffusion.noise import NoiseRange
 
 Sigma = Float[Array, "..."]
+Levels = Float[Array, "... K"]
 Net = Callable[..., Float[Array, "batch height width channels"]]
+SMALLEST_TIME = 0.05  # below it MeanFlow's velocity no longer grows with what its clean image is wrong by
 
 
 def c_in(sigma: Sigma, noise: NoiseRange) -> Sigma:
@@ -24,9 +30,20 @@ def c_in(sigma: Sigma, noise: NoiseRange) -> Sigma:
     return 1 / jnp.sqrt(sigma**2 + noise.sigma_data**2)
 
 
-def c_noise(sigma: Sigma) -> Sigma:
-    """The noise level as the network sees it: ln(sigma) / 4."""
+def c_noise(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    """The noise level as EDM's networks see it: ln(sigma) / 4."""
+    del noise
     return jnp.log(sigma) / 4
+
+
+def angle(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    """TrigFlow's time arctan(sigma / sigma_data), in (0, pi / 2) (Lu & Song 2025, arXiv 2410.11081)."""
+    return jnp.arctan(sigma / noise.sigma_data)
+
+
+def flow_time(sigma: Sigma) -> Sigma:
+    """t of z = (1 - t) x0 + t z': sigma / (1 + sigma)."""
+    return sigma / (1 + sigma)
 
 
 def c_skip(sigma: Sigma, noise: NoiseRange) -> Sigma:
@@ -43,25 +60,64 @@ def _blend_out(sigma: Sigma, noise: NoiseRange) -> Sigma:
     return (sigma - noise.sigma_min) ** 2 / ((sigma - noise.sigma_min) ** 2 + noise.sigma_data**2)
 
 
+def _flow_in(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    del noise
+    return 1 / (1 + sigma)
+
+
+def _flow_out(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    del noise
+    return jnp.minimum(flow_time(sigma) / SMALLEST_TIME, 1)
+
+
+def _flow_skip(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    return (1 - _flow_out(sigma, noise)) * _flow_in(sigma, noise)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preconditioning:
-    """c_out, and the factor that turns the raw output into a clean image where the input is pure noise (or clean)."""
+    """The functions of sigma, and the factor that makes a clean image of the raw output where the input is pure noise (or clean).
 
+    times: what the network is told of the level, K values. Objectives that differentiate in the level need `angle`.
+    """
+
+    c_skip: Callable[[Sigma, NoiseRange], Sigma]
     c_out: Callable[[Sigma, NoiseRange], Sigma]
     clean_scale: Callable[[NoiseRange], float]
+    c_in: Callable[[Sigma, NoiseRange], Sigma] = c_in
+    times: tuple[Callable[[Sigma, NoiseRange], Sigma], ...] = (c_noise,)
+
+    def levels(self, sigma: Sigma, noise: NoiseRange) -> Levels:
+        """[..., K]."""
+        return jnp.stack([time(sigma, noise) for time in self.times], axis=-1)
+
+
+def _flow_level(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    del noise
+    return flow_time(sigma)
 
 
 PRECONDITIONINGS = {
-    "edm": Preconditioning(c_out=_edm_out, clean_scale=lambda noise: noise.sigma_data),
-    "x0_blend": Preconditioning(c_out=_blend_out, clean_scale=lambda noise: 1.0),
+    "edm": Preconditioning(c_skip, _edm_out, clean_scale=lambda noise: noise.sigma_data),
+    "x0_blend": Preconditioning(c_skip, _blend_out, clean_scale=lambda noise: 1.0),
+    # Its network is told t and t - r, the length of the jump: to r = 0 both are t.
+    "mean_flow": Preconditioning(
+        _flow_skip, _flow_out, lambda noise: 1.0, c_in=_flow_in, times=(_flow_level, _flow_level)
+    ),
 }
+TIMES = {"log": c_noise, "angle": angle}
 
 
-def preconditioning(name: str) -> Preconditioning:
-    """The named preconditioning; ValueError lists the known names."""
-    if name not in PRECONDITIONINGS:
-        raise ValueError(f"found preconditioning {name!r}, expected one of {sorted(PRECONDITIONINGS)}")
-    return PRECONDITIONINGS[name]
+def preconditioning(name: str, time: str = "log") -> Preconditioning:
+    """The named preconditioning, its network told the level as `time` says: ValueError lists the known names.
+
+    `mean_flow` tells times of its own.
+    """
+    for what, found, known in (("preconditioning", name, PRECONDITIONINGS), ("time", time, TIMES)):
+        if found not in known:
+            raise ValueError(f"found {what} {found!r}, expected one of {sorted(known)}; change config.{what}")
+    form = PRECONDITIONINGS[name]
+    return form if name == "mean_flow" else dataclasses.replace(form, times=(TIMES[time],))
 
 
 def per_image(value_B: Float[Array, "batch"]) -> Float[Array, "batch 1 1 1"]:
@@ -80,5 +136,5 @@ def consistency_function(
     form: Preconditioning,
 ) -> Float[Array, "batch height width channels"]:
     """f(x, sigma) in image units. `net(x, levels_BK, cond, key=)` gives the raw output on x's grid."""
-    raw = net(per_image(c_in(sigma_B, noise)) * x, c_noise(sigma_B)[:, None], cond, key=key)
-    return per_image(c_skip(sigma_B, noise)) * x + per_image(form.c_out(sigma_B, noise)) * raw
+    raw = net(per_image(form.c_in(sigma_B, noise)) * x, form.levels(sigma_B, noise), cond, key=key)
+    return per_image(form.c_skip(sigma_B, noise)) * x + per_image(form.c_out(sigma_B, noise)) * raw

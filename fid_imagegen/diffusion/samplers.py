@@ -1,4 +1,7 @@
-"""Sampling from consistency functions (Song et al. 2023, Alg. 1)."""
+"""Sampling from consistency functions (Song et al. 2023, Alg. 1), and from denoisers (EDM, Karras et al. 2022, Alg. 1).
+
+Both hand over the noisy image and level of the LAST evaluation, which is the caller's: it keeps the image function.
+"""
 
 from collections.abc import Callable
 
@@ -7,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from fid_imagegen.diffusion.noise import NoiseRange, example_normal
+from fid_imagegen.diffusion.noise import NoiseRange, example_normal, karras_sigma
+from fid_imagegen.diffusion.preconditioning import per_image
+
+Images = Float[Array, "batch height width channels"]
+Denoise = Callable[[Images, Float[Array, "batch"]], Images]
 
 LAST_SIGMA = 0.821  # the second level of iCT's and ECT's two-step samples on CIFAR-10
 
@@ -23,14 +30,14 @@ def sampling_sigmas(steps: int, noise: NoiseRange) -> np.ndarray:
     )
 
 
-def last_input(
-    denoise: Callable[[Float[Array, "batch height width channels"], Float[Array, "batch"]], Array],
+def consistency_input(
+    denoise: Denoise,
     keys: Key[Array, "batch"],
     shape: tuple[int, int, int],
     *,
     steps: int,
     noise: NoiseRange,
-) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch"]]:
+) -> tuple[Images, Float[Array, "batch"]]:
     """The noisy image and level that the LAST evaluation of a `steps`-step sample receives.
 
     All steps but the last run on the native grid: x <- f(x, sigma) + sqrt(sigma_next^2 - sigma_min^2) z. The last one is
@@ -43,3 +50,34 @@ def last_input(
         fresh = example_normal(jax.vmap(lambda key, s=step: jax.random.fold_in(key, s))(keys), shape)
         x = denoise(x, jnp.full((batch,), sigma)) + np.sqrt(following**2 - noise.sigma_min**2) * fresh
     return x, jnp.full((batch,), sigmas[-1], jnp.float32)
+
+
+def heun_step(denoise: Denoise, x: Images, sigma_B: Float[Array, "batch"], lower_B: Float[Array, "batch"]) -> Images:
+    """From one level of the probability-flow path dx/dsigma = (x - D(x, sigma)) / sigma to a lower one, above 0."""
+    slope = (x - denoise(x, sigma_B)) / per_image(sigma_B)
+    euler = x + per_image(lower_B - sigma_B) * slope
+    end = (euler - denoise(euler, lower_B)) / per_image(lower_B)
+    return x + per_image(lower_B - sigma_B) * (slope + end) / 2
+
+
+def heun_input(
+    denoise: Denoise, keys: Key[Array, "batch"], shape: tuple[int, int, int], *, steps: int, noise: NoiseRange
+) -> tuple[Images, Float[Array, "batch"]]:
+    """As `consistency_input`, down EDM's path: steps - 1 of Heun to sigma_min, two evaluations each; the last is Euler's, to 0.
+
+    With one step the last evaluation is the first, of pure noise: a denoiser's answer to that is the mean of the data.
+    """
+    if steps < 1:
+        raise ValueError(f"found {steps} sampling steps, expected at least 1")
+    batch = keys.shape[0]
+    x = noise.sigma_max * example_normal(keys, shape)
+    if steps == 1:
+        return x, jnp.full((batch,), noise.sigma_max, jnp.float32)
+    sigmas = karras_sigma(jnp.arange(steps, dtype=jnp.float32), jnp.int32(steps), noise)
+    level = lambda sigma: jnp.full((batch,), sigma)  # noqa: E731
+    down = lambda x, pair: (heun_step(denoise, x, level(pair[0]), level(pair[1])), None)  # noqa: E731
+    x, _ = jax.lax.scan(down, x, (sigmas[:-1], sigmas[1:]))
+    return x, level(sigmas[-1])
+
+
+SAMPLERS = {"consistency": consistency_input, "heun": heun_input}

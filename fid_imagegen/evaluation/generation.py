@@ -1,4 +1,4 @@
-"""Fréchet distances of one-step samples: n samples and n training images, each against the same n held-out images."""
+"""Fréchet distances of samples: n samples and n training images, each against the same n held-out images."""
 
 import numpy as np
 
@@ -8,13 +8,15 @@ from fid_imagegen.evaluation.features import Extract
 from fid_imagegen.pipelines import ImageFunctionPipeline
 
 
-def native_samples(pipe: ImageFunctionPipeline, num: int, *, seed: int = 0, steps: int = 1) -> np.ndarray:
+def native_samples(pipe: ImageFunctionPipeline, num: int, *, seed: int = 0, steps: int | None = None) -> np.ndarray:
     """uint8 samples on the training grid [num, height, width, channels]."""
     size = pipe.config.data.image_size
     return pipe.generate(num, seed=seed, steps=steps).render(size, size)
 
 
-def frechet_report(pipe: ImageFunctionPipeline, extract: Extract, *, num: int, seed: int = 0, steps: int = 1) -> dict:
+def frechet_report(
+    pipe: ImageFunctionPipeline, extract: Extract, *, num: int, seed: int = 0, steps: int | None = None
+) -> dict:
     """{"num", "samples", "training"}: distances of `num` samples and of `num` training images to the same held-out images.
 
     The second is what real images score at this number: the distance is biased upwards for few images. `num` beyond the

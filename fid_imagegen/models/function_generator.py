@@ -68,11 +68,11 @@ class FeatureExtractor(nn.Module):
     def __call__(
         self,
         tokens: Float[Array, "batch tokens features"],
-        level_B: Float[Array, "batch"],
+        levels_BK: Float[Array, "batch K"],
         label_B: Int[Array, "batch"] | None,
         deterministic: bool,
     ) -> Float[Array, "batch tokens features"]:
-        condition = LevelEmbedding(self.width, self.level_scale, dtype=self.dtype, name="level")(level_B)
+        condition = LevelEmbedding(self.width, self.level_scale, dtype=self.dtype, name="level")(levels_BK)
         if self.num_classes:
             embed = nn.Embed(self.num_classes, self.width, embedding_init=nn.initializers.normal(0.02), name="label")
             condition = condition + embed(label_B).astype(self.dtype)
@@ -135,7 +135,8 @@ class FunctionPredictor(nn.Module):
 class FunctionGenerator(nn.Module):
     """Noisy images [batch, size, size, channels] and their noise levels -> `ImageFunctions`, in one evaluation.
 
-    kind: the image function. The input is expected scaled by c_in (unit variance); `level_B` is c_noise.
+    kind: the image function. The input is expected scaled by c_in (unit variance); `levels_BK` is the noise level as
+    preconditioning says it.
     """
 
     kind: CoordinateMLP
@@ -179,13 +180,13 @@ class FunctionGenerator(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
-        level_B: Float[Array, "batch"],
+        levels_BK: Float[Array, "batch K"],
         label_B: Int[Array, "batch"] | None = None,
         *,
         deterministic: bool = True,
     ) -> ImageFunctions:
         """The functions of noisy images. `label_B` is needed when `num_classes` > 0 and ignored otherwise."""
-        features = self.extractor(self.patches(x), level_B, label_B, deterministic)
+        features = self.extractor(self.patches(x), levels_BK, label_B, deterministic)
         return self._functions(self.predictor(features))
 
     def reconstruct(self, x: Float[Array, "batch height width channels"]) -> ImageFunctions:

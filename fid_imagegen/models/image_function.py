@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from fid_imagegen.models.resampling import resample
+
 PAPER_CUTOFF = 1024.0
 
 
@@ -164,6 +166,24 @@ class CoordinateMLP:
         return x * shared["gain"]
 
 
+@dataclasses.dataclass(frozen=True)
+class PixelGrid:
+    """What a generator of one fixed size makes, as a function: its pixels, interpolated by Lanczos-3. Nothing is shared."""
+
+    channels: int
+
+    def evaluate(
+        self,
+        shared: dict,
+        per_image: dict[str, Array],
+        coords_N2: Float[Array, "coordinates 2"],
+        cell_2: Float[Array, "2"],
+    ) -> Float[Array, "coordinates channels"]:
+        """Values of one image, per_image {"pixels": [height, width, channels]}, at `coords_N2` for pixels of `cell_2`."""
+        del shared
+        return resample(per_image["pixels"][None], coords_N2, cell_2)[0]
+
+
 FUNCTION_PRESETS = {
     "5x256": {"width": 256, "depth": 5, "bands": 64, "groups": 64},  # faithful: TransINR's size
     "5x128": {"width": 128, "depth": 5, "bands": 64, "groups": 64},
@@ -187,7 +207,7 @@ class NativeTerm:
 class ImageFunctions:
     """A batch of image functions. `grid` is the (height, width) they were trained at."""
 
-    kind: CoordinateMLP = flax.struct.field(pytree_node=False)
+    kind: CoordinateMLP | PixelGrid = flax.struct.field(pytree_node=False)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     shared: Any = None
     per_image: Any = None
@@ -204,24 +224,6 @@ class ImageFunctions:
         return self.replace(per_image=pick(self.per_image), native=pick(self.native))
 
 
-def lanczos_weights(
-    coords_N: Float[Array, "coordinates"], cell: Float[Array, ""], size: int
-) -> Float[Array, "coordinates size"]:
-    """Weights of `size` samples at each coordinate: Lanczos-3, widened where a pixel's footprint exceeds a sample.
-
-    Exactly one-hot at the samples themselves, so that a render on the native grid repeats the samples bit for bit.
-    """
-    stretch = jnp.maximum(1.0, cell * size / 2)
-    offsets = ((coords_N[:, None] + 1) * size - 1) / 2 - jnp.arange(size, dtype=jnp.float32)
-    nearest = jnp.round(offsets)
-    # Coordinates are float32: a sample's own offset is an integer within 1e-7 size. Snapping from farther away would show.
-    on_sample = (jnp.abs(offsets - nearest) < 1e-6 * size) & (stretch <= 1.0 + 1e-6)
-    x = offsets / stretch
-    kernel = jnp.where(jnp.abs(x) < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0.0)
-    kernel = jnp.where(on_sample, (nearest == 0).astype(jnp.float32), kernel)
-    return kernel / jnp.sum(kernel, axis=1, keepdims=True)
-
-
 def evaluate(
     functions: ImageFunctions, coords_N2: Float[Array, "coordinates 2"], cell_2: Float[Array, "2"]
 ) -> Float[Array, "batch coordinates channels"]:
@@ -230,11 +232,8 @@ def evaluate(
     values_BNC = jax.vmap(one)(functions.per_image)
     if functions.native is None:
         return values_BNC
-    noisy, skip, out = functions.native.noisy, functions.native.skip, functions.native.out
-    rows_NH = lanczos_weights(coords_N2[:, 0], cell_2[0], noisy.shape[1])
-    columns_NW = lanczos_weights(coords_N2[:, 1], cell_2[1], noisy.shape[2])
-    resampled = jnp.einsum("nh,bhwc,nw->bnc", rows_NH, noisy, columns_NW, precision="highest")
-    return skip[:, None, None] * resampled + out[:, None, None] * values_BNC
+    skip, out = functions.native.skip[:, None, None], functions.native.out[:, None, None]
+    return skip * resample(functions.native.noisy, coords_N2, cell_2) + out * values_BNC
 
 
 def evaluate_rematerialised(

@@ -46,7 +46,8 @@ def sin_cos_positions(height: int, width: int, features: int) -> np.ndarray:
 
 
 class LevelEmbedding(nn.Module):
-    """Noise level -> features: sin-cos of `scale * level` (period 10,000, 256 wide), then Dense, SiLU, Dense.
+    """Noise level, or the two ends of a jump -> features: sin-cos of `scale * level` (period 10,000, 256 wide each), then Dense,
+    SiLU, Dense.
 
     `scale` is 1000 as in the torch release of consistency models: c_noise = ln(sigma) / 4 spans only [-1.6, 1.1], and the
     embedder was made for 0..1000. Objectives that differentiate in the level need a small scale.
@@ -57,11 +58,12 @@ class LevelEmbedding(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, level_B: Float[Array, "batch"]) -> Float[Array, "batch features"]:
+    def __call__(self, levels_BK: Float[Array, "batch K"]) -> Float[Array, "batch features"]:
         half = 128
         frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        phases = self.scale * level_B.astype(jnp.float32)[:, None] * frequencies[None]
+        phases = self.scale * levels_BK.astype(jnp.float32)[..., None] * frequencies
         x = jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=-1).astype(self.dtype)
+        x = rearrange(x, "b k f -> b (k f)")
         normal = nn.initializers.normal(0.02)
         x = nn.silu(nn.Dense(self.features, kernel_init=normal, dtype=self.dtype)(x))
         return nn.Dense(self.features, kernel_init=normal, dtype=self.dtype)(x)

@@ -1,4 +1,4 @@
-"""Training a one-step generator of image functions by consistency (ct, ict, ect)."""
+"""Training a generator by an objective of the consistency family, or by plain diffusion."""
 
 import functools
 
@@ -9,35 +9,52 @@ from jaxtyping import Array, Int, Key
 from fid_imagegen.diffusion import objectives
 from fid_imagegen.diffusion.distances import DISTANCES
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
-from fid_imagegen.diffusion.preconditioning import (
-    c_in,
-    c_noise,
-    c_skip,
-    consistency_function,
-    per_image,
-    preconditioning,
-)
-from fid_imagegen.diffusion.samplers import last_input
+from fid_imagegen.diffusion.preconditioning import consistency_function, per_image, preconditioning
+from fid_imagegen.diffusion.samplers import SAMPLERS
 from fid_imagegen.interop.lpips import load_lpips
 from fid_imagegen.models.features.lpips import lpips_distance
 from fid_imagegen.models.image_function import ImageFunctions, NativeTerm
-from fid_imagegen.tasks.generator import build_generator, generator_net, init_generator, render_native, to_float
+from fid_imagegen.tasks.generator import (
+    build_generator,
+    generator_net,
+    image_functions,
+    init_generator,
+    render_native,
+    to_float,
+)
+
+STEEPEST_LEVEL = 16.0  # radians a unit of level, as much as Fourier features of scale 2.5
+# What a teacher must share with its student, who asks it about his own noisy images at his own levels.
+TEACHERS = ("data.image_size", "data.channels", "noise.", "preconditioning", "time")
 
 
 class ConsistencyTask:
-    """Group `generator` is trained, `target` tracks it where the objective asks, `lpips` is frozen where the distance does."""
+    """Group `generator` is trained, `target` tracks it where the objective asks; `teacher` and `lpips` are frozen."""
 
     trained = ("generator",)
 
     def __init__(self, config):
         self.config = config
-        self.model = build_generator(config)
         self.noise = NoiseRange(**config.noise)
-        self.form = preconditioning(config.preconditioning)
+        self.form = preconditioning(config.preconditioning, config.time)
+        self.model = build_generator(config)
         # The objective is built once here so that a config's mistakes show at once; LPIPS binds its weights per call.
         self.objective = self._objective(lambda a, b: jnp.zeros(a.shape[0]))
-        if config.distance not in (*DISTANCES, "lpips"):
-            raise ValueError(f"found distance {config.distance!r}, expected one of {sorted([*DISTANCES, 'lpips'])}")
+        self._check(config)
+
+    def _check(self, config):
+        name = config.objective.name
+        known = (*DISTANCES, "lpips") if self.objective.any_distance else ("l2",)
+        if config.distance not in known:
+            raise ValueError(
+                f"found distance {config.distance!r} for objective {name!r}, expected one of {sorted(known)}; "
+                "change config.distance"
+            )
+        if self.objective.differentiates_level and config.model.level_scale > STEEPEST_LEVEL:
+            raise ValueError(
+                f"found model.level_scale {config.model.level_scale} for objective {name!r}, which differentiates in the noise "
+                f"level, expected at most {STEEPEST_LEVEL}; set config.model.level_scale=1"
+            )
 
     def _objective(self, distance):
         fields = dict(self.config.objective)
@@ -59,21 +76,43 @@ class ConsistencyTask:
         """No text."""
 
     def frozen(self) -> dict:
-        """Frozen groups, read from their files; an error names a file that is missing."""
-        if self.config.distance != "lpips":
-            return {}
-        return {"lpips": load_lpips(self.config.lpips.vgg16, self.config.lpips.heads)}
+        """Frozen groups: LPIPS read from its files, an error names one that is missing; the shapes of a teacher."""
+        frozen = {}
+        if self.config.distance == "lpips":
+            frozen["lpips"] = load_lpips(self.config.lpips.vgg16, self.config.lpips.heads)
+        if self.objective.needs_teacher:
+            frozen["teacher"] = jax.eval_shape(lambda: self.init(jax.random.key(0))[0]["generator"])
+        return frozen
+
+    @property
+    def borrowed(self) -> dict:
+        """Groups that are another group of the run they come from: name -> (its name there, check of that run's config)."""
+        return {"teacher": ("generator", self._check_teacher)}
+
+    def _check_teacher(self, theirs, folder: str) -> None:
+        ours, theirs = (dict(_flat(each)) for each in (self.config, theirs))
+        shared = [key for key in ours if key.startswith(TEACHERS)]
+        differing = [
+            f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in shared if theirs.get(key) != ours[key]
+        ]
+        if differing:
+            raise ValueError(
+                f"found a teacher in {folder} with another {'; '.join(differing)}; expected the same; train one with this "
+                "config and objective edm, or change this config"
+            )
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
         """(trained groups, model state)."""
-        return {"generator": init_generator(self.model, key)}, {}
+        return {"generator": init_generator(self.model, key, levels=len(self.form.times))}, {}
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
-        """Mean consistency loss of a batch {"image": uint8 NHWC, "label": [B], "row": [B]}: (loss, (model_state, metrics))."""
+        """Mean loss of a batch {"image": uint8 NHWC, "label": [B], "row": [B]}: (loss, (model_state, metrics))."""
         bind = functools.partial(self._net, training=True)
         nets = {"student": bind(groups["generator"])}
         if "target" in groups:
             nets["target"] = bind(groups["target"])
+        if "teacher" in groups:
+            nets["teacher"] = self._net(groups["teacher"], training=False)
         if self.config.distance == "lpips":
             distance = functools.partial(lpips_distance, groups["lpips"])
         else:
@@ -90,22 +129,27 @@ class ConsistencyTask:
         return jnp.mean(loss_B), (model_state, metrics)
 
     def sample(
-        self, params, key: Key[Array, ""], index_B: Int[Array, "batch"], *, steps: int = 1, label_B=None
+        self, params, key: Key[Array, ""], index_B: Int[Array, "batch"], *, steps: int | None = None, label_B=None
     ) -> ImageFunctions:
-        """Image functions number `index_B` of a seed's sequence: image i depends on (key, i), not on the batch around it."""
+        """Image functions number `index_B` of a seed's sequence: image i depends on (key, i), not on the batch around it.
+
+        steps: of the objective's sampler, its own number if None.
+        """
         net = self._net(params["generator"], training=False)
         label_B = self._sample_labels(index_B, label_B)
 
         def denoise(x, sigma_B):
             return consistency_function(net, x, sigma_B, label_B, key=None, noise=self.noise, form=self.form)
 
-        size, channels = self.model.image_size, self.model.kind.channels
-        keys = example_keys(key, index_B)
-        x, sigma_B = last_input(denoise, keys, (size, size, channels), steps=steps, noise=self.noise)
-        functions = self.model.apply(
-            {"params": params["generator"]}, per_image(c_in(sigma_B, self.noise)) * x, c_noise(sigma_B), label_B
+        steps = self.objective.sampling_steps if steps is None else steps
+        shape = (self.config.data.image_size, self.config.data.image_size, self.config.data.channels)
+        x, sigma_B = SAMPLERS[self.objective.sampler](
+            denoise, example_keys(key, index_B), shape, steps=steps, noise=self.noise
         )
-        skip, out = c_skip(sigma_B, self.noise), self.form.c_out(sigma_B, self.noise)
+        levels_BK = self.form.levels(sigma_B, self.noise)
+        scaled = per_image(self.form.c_in(sigma_B, self.noise)) * x
+        functions = image_functions(self.model, params["generator"], scaled, levels_BK, label_B)
+        skip, out = self.form.c_skip(sigma_B, self.noise), self.form.c_out(sigma_B, self.noise)
         return functions.replace(native=NativeTerm(noisy=x, skip=skip, out=out))
 
     def preview(self, groups, batch) -> dict[str, Array]:
@@ -119,14 +163,19 @@ class ConsistencyTask:
         )
 
     def _labels(self, label_B):
-        return label_B if self.model.num_classes else None
+        return label_B if self.num_classes else None
 
     def _sample_labels(self, index_B, label_B):
         """Labels of a sample: the given ones, or all classes in turn."""
-        if not self.model.num_classes:
+        if not self.num_classes:
             if label_B is not None:
                 raise ValueError(
                     "found labels for a model without classes; leave labels out, or train with model.num_classes"
                 )
             return None
-        return index_B % self.model.num_classes if label_B is None else jnp.asarray(label_B, jnp.int32)
+        return index_B % self.num_classes if label_B is None else jnp.asarray(label_B, jnp.int32)
+
+
+def _flat(config, prefix: str = ""):
+    for key, value in config.items():
+        yield from _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", value)]

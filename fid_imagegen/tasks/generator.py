@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Key, UInt8
 
+from fid_imagegen.diffusion.preconditioning import per_image
 from fid_imagegen.models.function_generator import PRESETS, FunctionGenerator, function_kind
 from fid_imagegen.models.image_function import (
     ImageFunctions,
+    PixelGrid,
     evaluate_rematerialised,
     pixel_cell,
     pixel_grid,
@@ -61,6 +63,9 @@ def render_native(
     functions: ImageFunctions, *, key: Key[Array, ""] | None, chunk: int
 ) -> Float[Array, "batch height width channels"]:
     """Values on the training grid; with a `key` at variational coordinates, the same for the whole batch."""
+    if isinstance(functions.kind, PixelGrid):
+        values, native = functions.per_image["pixels"], functions.native
+        return values if native is None else per_image(native.skip) * native.noisy + per_image(native.out) * values
     height, width = functions.grid
     coords = jnp.asarray(pixel_grid(height, width))
     if key is not None:
@@ -69,20 +74,28 @@ def render_native(
     return rearrange(values, "b (h w) c -> b h w c", h=height)
 
 
-def generator_net(model: FunctionGenerator, params, *, training: bool, variational: bool, chunk: int):
+def image_functions(model, params, x, levels_BK, label_B, **settings) -> ImageFunctions:
+    """What a generator makes of scaled noisy images: image functions, those of a fixed-size one its pixels."""
+    made = model.apply({"params": params}, x, levels_BK, label_B, **settings)
+    if isinstance(made, ImageFunctions):
+        return made
+    return ImageFunctions(kind=PixelGrid(made.shape[-1]), grid=made.shape[1:3], shared={}, per_image={"pixels": made})
+
+
+def generator_net(model, params, *, training: bool, variational: bool, chunk: int):
     """The generator with `params` bound, as objectives and samplers see it: net(x, levels_BK, labels, key=) -> raw output."""
 
     def net(x, levels_BK, label_B, *, key: Key[Array, ""] | None = None):
         rngs = {"dropout": key} if training else None
-        functions = model.apply({"params": params}, x, levels_BK[:, 0], label_B, deterministic=not training, rngs=rngs)
+        functions = image_functions(model, params, x, levels_BK, label_B, deterministic=not training, rngs=rngs)
         jitter = jax.random.fold_in(key, 1) if training and variational else None
         return render_native(functions, key=jitter, chunk=chunk)
 
     return net
 
 
-def init_generator(model: FunctionGenerator, key: Key[Array, ""]):
-    """Fresh parameters (a plain dict)."""
+def init_generator(model: FunctionGenerator, key: Key[Array, ""], *, levels: int):
+    """Fresh parameters (a plain dict) of a network that is told `levels` values of the noise level."""
     size, channels = model.image_size, model.kind.channels
     label = jnp.zeros((1,), jnp.int32) if model.num_classes else None
-    return model.init(key, jnp.zeros((1, size, size, channels)), jnp.zeros((1,)), label)["params"]
+    return model.init(key, jnp.zeros((1, size, size, channels)), jnp.zeros((1, levels)), label)["params"]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Key
 
 from fid_imagegen.diffusion.distances import l2
 from fid_imagegen.diffusion.noise import NoiseRange
-from fid_imagegen.diffusion.preconditioning import c_in, preconditioning
+from fid_imagegen.diffusion.preconditioning import per_image, preconditioning
 from fid_imagegen.models.image_function import ImageFunctions, NativeTerm
 from fid_imagegen.tasks.generator import build_generator, init_generator, render_native, to_float
 
@@ -26,7 +26,8 @@ class ReconstructionTask:
         self.config = config
         self.model = build_generator(config)
         self.noise = NoiseRange(**config.noise)
-        self.clean_scale = preconditioning(config.preconditioning).clean_scale(self.noise)
+        self.form = preconditioning(config.preconditioning, config.time)
+        self.clean_scale = self.form.clean_scale(self.noise)
 
     @property
     def num_classes(self) -> int:
@@ -42,7 +43,7 @@ class ReconstructionTask:
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
         """(trained groups, model state)."""
-        return {"generator": init_generator(self.model, key)}, {}
+        return {"generator": init_generator(self.model, key, levels=len(self.form.times))}, {}
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean squared error of a batch {"image": uint8 NHWC}: (loss, (model_state, metrics))."""
@@ -69,19 +70,19 @@ class ReconstructionTask:
         values = render_native(self.reconstruct(groups, x0), key=None, chunk=self.config.render_chunk)
         return {"reconstructions": rearrange([x0, values], "pair b h w c -> (b pair) h w c")}
 
-    def sample(self, params, key, index_B, *, steps: int = 1, label_B=None) -> ImageFunctions:
+    def sample(self, params, key, index_B, *, steps: int | None = None, label_B=None) -> ImageFunctions:
         """A predictor cannot sample."""
         raise ValueError(
             "found a reconstruction run, expected a generator: train the consistency task, or call reconstruct()"
         )
 
     def _functions(self, params, x0, *, trunk: bool = False) -> ImageFunctions:
-        scaled = x0 * c_in(jnp.asarray(self.noise.sigma_min), self.noise)
+        sigma_B = jnp.full((x0.shape[0],), self.noise.sigma_min)
+        scaled = per_image(self.form.c_in(sigma_B, self.noise)) * x0
         if not trunk:
             return self.model.apply({"params": params}, scaled, method=self.model.reconstruct)
-        level_B = jnp.full((x0.shape[0],), jnp.log(self.noise.sigma_min) / 4)
         label_B = jnp.zeros((x0.shape[0],), jnp.int32) if self.model.num_classes else None
-        return self.model.apply({"params": params}, scaled, level_B, label_B)
+        return self.model.apply({"params": params}, scaled, self.form.levels(sigma_B, self.noise), label_B)
 
 
 def rendered_psnr(task: ReconstructionTask, params, images, *, trunk: bool = False) -> float:

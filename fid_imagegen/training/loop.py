@@ -88,9 +88,8 @@ class Run:
     def _lay_out(self):
         init, frozen = dict(self.config.init), self.task.frozen()
         warm_start.check_names(init, frozen | dict.fromkeys(self.task.trained))
-        self.frozen = jax.device_put(
-            warm_start.whole(warm_start.fill(frozen, init, self.workdir)), meshes.replicated(self.mesh)
-        )
+        filled = warm_start.fill(frozen, init, self.workdir, getattr(self.task, "borrowed", None))
+        self.frozen = jax.device_put(warm_start.whole(filled), meshes.replicated(self.mesh))
         self.frozen_hashes = {name: _hash(tree) for name, tree in self.frozen.items()}
         self.features, self.idle = None, {}  # idle: frozen groups that no step needs, on the host
         if self.config.data.features:

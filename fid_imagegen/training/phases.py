@@ -61,7 +61,7 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     phase.num_steps, phase.batch_size = config.pretrain.num_steps, config.pretrain.batch_size
     phase.accumulate, phase.optimizers = config.pretrain.accumulate, config.pretrain.optimizers
     phase.checkpoint.every = phase.log.sample_every = config.pretrain.checkpoint_every
-    phase.pretrain.num_steps, phase.init.generator = 0, ""
+    phase.pretrain.num_steps, phase.init.generator, phase.init.teacher = 0, "", ""
     return phase.lock()
 
 

@@ -15,19 +15,27 @@ PRETRAIN = "./pretrain"
 STATISTICS = "_stats"
 
 
-def fill(groups: dict[str, Any], init: dict[str, str], workdir: epath.Path) -> dict[str, Any]:
+def fill(
+    groups: dict[str, Any], init: dict[str, str], workdir: epath.Path, borrowed: dict | None = None
+) -> dict[str, Any]:
     """`groups` with those that `init` names read from work directories or exported folders.
 
     A folder that begins with "./" or "../" lies in or beside the work directory, so that all of them may be moved together.
     Statistics (NAME_stats) come with the group NAME. Leaves may be abstract.
 
+    borrowed: {name: (its name in the other run, check(that run's config, folder))} of groups that are called otherwise there.
     Raises ValueError listing every missing, extra and misshapen tensor at once.
     """
-    read = functools.cache(lambda folder: read_params(inside(folder, workdir))[1])
-    filled = {}
+    read = functools.cache(lambda folder: read_params(inside(folder, workdir)))
+    filled, borrowed = {}, borrowed or {}
     for name, tree in groups.items():
-        folder = init.get(name.removesuffix(STATISTICS), "")
-        filled[name] = _matched(tree, _named(read(folder), name, folder), folder) if folder else tree
+        if not (folder := init.get(name.removesuffix(STATISTICS), "")):
+            filled[name] = tree
+            continue
+        config, theirs = read(folder)
+        there, check = borrowed.get(name, (name, lambda config, folder: None))
+        check(config, folder)
+        filled[name] = _matched(tree, _named(theirs, there, folder), folder)
     return filled
 
 

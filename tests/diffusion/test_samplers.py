@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fid_imagegen.diffusion.noise import NoiseRange
-from fid_imagegen.diffusion.samplers import last_input, sampling_sigmas
+from fid_imagegen.diffusion.samplers import consistency_input, sampling_sigmas
 
 # A large sigma_min, so that sqrt(next^2 - min^2) is far from next.
 NOISE = NoiseRange(sigma_min=0.5, sigma_max=80.0)
@@ -21,7 +21,7 @@ def test_levels_of_a_sample():
 
 
 def test_one_step_starts_from_pure_noise():
-    x, sigma = last_input(None, KEYS, SHAPE, steps=1, noise=NOISE)
+    x, sigma = consistency_input(None, KEYS, SHAPE, steps=1, noise=NOISE)
     assert x.shape == (40, *SHAPE) and float(x.std()) == pytest.approx(80, rel=0.03)
     np.testing.assert_array_equal(sigma, np.full(40, 80))
 
@@ -33,7 +33,7 @@ def test_later_steps_add_the_noise_that_is_missing():
         seen.append((x, sigma))
         return jnp.full_like(x, 7.0)
 
-    x, sigma = last_input(denoise, KEYS, SHAPE, steps=3, noise=NOISE)
+    x, sigma = consistency_input(denoise, KEYS, SHAPE, steps=3, noise=NOISE)
     middle = (80 * 0.821) ** 0.5
     np.testing.assert_allclose([s[0] for _, s in seen] + [sigma[0]], [80, middle, 0.821], rtol=1e-6)
     for noisy, level in ((seen[1][0], middle), (x, 0.821)):
@@ -46,6 +46,6 @@ def test_later_steps_add_the_noise_that_is_missing():
 
 def test_a_sample_depends_on_its_own_key():
     denoise = lambda x, sigma: x / sigma[:, None, None, None]  # noqa: E731
-    whole, _ = last_input(denoise, KEYS[:5], SHAPE, steps=2, noise=NOISE)
-    part, _ = last_input(denoise, KEYS[2:5], SHAPE, steps=2, noise=NOISE)
+    whole, _ = consistency_input(denoise, KEYS[:5], SHAPE, steps=2, noise=NOISE)
+    part, _ = consistency_input(denoise, KEYS[2:5], SHAPE, steps=2, noise=NOISE)
     np.testing.assert_allclose(part, whole[2:], rtol=1e-6)

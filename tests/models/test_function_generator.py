@@ -19,7 +19,7 @@ MODEL = FunctionGenerator(
     kind=KIND, image_size=8, patch=4, width=16, heads=2, extractor_depth=2, predictor_depth=3, num_classes=3
 )
 LABELS = jnp.asarray([2, 0])
-LEVELS = jnp.asarray([-1.0, 0.7])
+LEVELS = jnp.asarray([[-1.0], [0.7]])
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_parameters_of_the_presets(preset):
     sizes = dict(PRESETS[preset])
     kind = function_kind(sizes.pop("function"), channels=3, image_size=64, cutoff="nyquist")
     model = FunctionGenerator(kind=kind, image_size=64, patch=4, **sizes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.zeros(1))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 1)))["params"]
     total, predictor = (
         sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes, [shapes["predictor"], shapes["function"]])
     )

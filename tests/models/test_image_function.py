@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fid_imagegen.models import image_function
+from fid_imagegen.models import image_function, resampling
 from fid_imagegen.models.function_generator import function_kind
 from fid_imagegen.models.image_function import (
     FUNCTION_PRESETS,
@@ -20,7 +20,7 @@ from fid_imagegen.models.image_function import (
 )
 
 evaluate = jax.jit(image_function.evaluate)
-lanczos_weights = jax.jit(image_function.lanczos_weights, static_argnums=2)
+lanczos_weights = jax.jit(resampling.lanczos_weights, static_argnums=2)
 SMALL = CoordinateMLP(channels=3, width=8, depth=3, bands=3, groups=4, cutoff=4.0)
 
 

@@ -24,11 +24,19 @@ def test_positions_encode_the_row_then_the_column():
 def test_level_embedding_is_sin_cos_of_a_thousand_levels():
     level = jnp.asarray([-1.5537, 0.0, 1.0955])  # c_noise of sigma_min and of 80
     module = LevelEmbedding(16, scale=1000.0)
-    params = module.init(jax.random.key(0), level)["params"]
+    params = module.init(jax.random.key(0), level[:, None])["params"]
     phases = 1000 * np.asarray(level)[:, None] * 10000 ** (-np.arange(128) / 128)
     x = np.concatenate([np.cos(phases), np.sin(phases)], axis=1)
     x = nn.silu(x @ params["Dense_0"]["kernel"]) @ params["Dense_1"]["kernel"]
-    np.testing.assert_allclose(module.apply({"params": params}, level), x, atol=1e-4)
+    np.testing.assert_allclose(module.apply({"params": params}, level[:, None]), x, atol=1e-4)
+
+
+def test_both_ends_of_a_jump_are_embedded():
+    levels, module = jnp.asarray([[0.3, 0.3], [0.3, 0.1], [0.1, 0.3]]), LevelEmbedding(16, scale=1.0)
+    params = module.init(jax.random.key(0), levels)["params"]
+    assert params["Dense_0"]["kernel"].shape == (512, 16)
+    rows = module.apply({"params": params}, levels)
+    assert all(np.abs(rows[i] - rows[j]).max() > 1e-4 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_attention(tokens):

@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 
 from configs import common
-from fid_imagegen.diffusion.preconditioning import c_in, c_noise, consistency_function, preconditioning
+from fid_imagegen.diffusion.preconditioning import consistency_function, preconditioning
 from fid_imagegen.models.rendering import render
 from fid_imagegen.tasks.generator import render_native, to_float
 
+DERIVATIVES = {
+    "sct": {"objective": common.objective("sct"), "time": "angle", "model.level_scale": 1.0, "distance": "l2"},
+    "meanflow": {
+        "objective": common.objective("meanflow"),
+        "preconditioning": "mean_flow",
+        "model.level_scale": 1.0,
+        "distance": "l2",
+    },
+}
 CT = {"objective": common.objective("ct"), "preconditioning": "edm", "distance": "l2"}
 
 
@@ -79,6 +88,27 @@ def test_loss_depends_on_key_and_step(loss, params, batch):
     assert len(values) == 3 and np.isfinite(list(values)).all()
 
 
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_go_through_the_generator(tiny_task, random_params, batch, name):
+    """Through trunk, predictor and rendering, recomputed or not; every parameter learns."""
+    task = tiny_task(DERIVATIVES[name] | {"model.remat": True, "render_chunk": 48})
+    params = random_params(task)
+    loss = lambda params: task.loss(params, {}, batch, jax.random.key(3), jnp.asarray(20_000))[0]  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value) and all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+    functions = task.sample(params, jax.random.key(0), jnp.arange(2), steps=2)
+    assert render(functions, 12, 9).shape == (2, 12, 9, 1)
+
+
+def test_diffusion_samples_go_down_eighteen_levels(tiny_task, random_params):
+    task = tiny_task({"objective": common.objective("edm"), "distance": "l2"})
+    params, key = random_params(task), jax.random.key(0)
+    first, again, fewer = (task.sample(params, key, jnp.arange(2), steps=steps) for steps in (None, 18, 3))
+    np.testing.assert_array_equal(first.native.noisy, again.native.noisy)
+    assert np.abs(first.native.noisy - fewer.native.noisy).max() > 1e-3
+    np.testing.assert_allclose(first.native.skip, 1, rtol=1e-5)  # of the last evaluation, at sigma_min
+
+
 def test_the_tracked_target_is_the_objectives(tiny_task, random_params, batch):
     assert tiny_task().tracked == {}
     task = tiny_task(CT)
@@ -143,8 +173,7 @@ def test_the_input_is_scaled_before_the_network(task, params, monkeypatch):
         task.sample(params, jax.random.key(0), jnp.arange(50))
     (x, level) = seen[0]
     assert float(jnp.std(x)) == pytest.approx(1, rel=0.05)
-    np.testing.assert_allclose(level, c_noise(jnp.full(50, 80.0)), rtol=1e-6)
-    assert float(c_in(jnp.float32(80), task.noise)) == pytest.approx(1 / 80, rel=1e-3)
+    np.testing.assert_allclose(level, np.full((50, 1), np.log(80) / 4), rtol=1e-6)
 
 
 FAIL = object()
@@ -160,9 +189,19 @@ def test_lpips_without_its_weights_names_the_file(tiny_task, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"distance": "l3"}, "found distance 'l3', expected one of .*'lpips'.*'pseudo_huber'"),
+        ({"distance": "l3"}, "found distance 'l3' for objective 'ect', expected one of .*'lpips'.*'pseudo_huber'"),
+        (
+            DERIVATIVES["sct"] | {"distance": "lpips"},
+            "found distance 'lpips' for objective 'sct', expected one of .'l2'.",
+        ),
+        (
+            DERIVATIVES["sct"] | {"model.level_scale": 1e3},
+            "found model.level_scale 1000.0 .* set config.model.level_scale=1",
+        ),
+        (DERIVATIVES["meanflow"] | {"preconditioning": "edm"}, "set config.preconditioning='mean_flow'"),
         ({"preconditioning": "trig"}, "found preconditioning 'trig'"),
-        ({"objective.name": "sct"}, "found objective 'sct'"),
+        ({"objective.name": "imm"}, "found objective 'imm'"),
+        ({"time": "flow"}, "found time 'flow'"),
         ({"model.preset": "XXL"}, "found preset 'XXL', expected one of .*'tiny'.*; change config.model.preset"),
         ({"model.function": "9x9"}, "found function preset '9x9'"),
         ({"model.groups": 5}, "found 5 groups for 16 columns"),

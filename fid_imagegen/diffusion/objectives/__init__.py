@@ -3,17 +3,26 @@
     objective(nets, x0, cond, *, keys, key, step) -> (loss [batch], metrics {name: scalar})
 
 `nets["student"]` receives gradients, `nets["target"]` is the tracked copy where the objective has one (`target_decay` is
-not None). `keys` are one key an example (noise, levels); `key` is shared by student and target (dropout, jitter).
+not None), `nets["teacher"]` a frozen denoiser where it needs one (`needs_teacher`). `keys` are one key an example (noise,
+levels); `key` is shared by student and target (dropout, jitter).
 """
 
+from fid_imagegen.diffusion.objectives.cd import ConsistencyDistillation
 from fid_imagegen.diffusion.objectives.ct import ConsistencyTraining
 from fid_imagegen.diffusion.objectives.ect import EasyConsistencyTuning
+from fid_imagegen.diffusion.objectives.edm import Diffusion
 from fid_imagegen.diffusion.objectives.ict import ImprovedConsistencyTraining
+from fid_imagegen.diffusion.objectives.mean_flow import MeanFlow
+from fid_imagegen.diffusion.objectives.sct import ContinuousConsistencyTraining
 
 OBJECTIVES = {
+    "cd": ConsistencyDistillation,
     "ct": ConsistencyTraining,
-    "ict": ImprovedConsistencyTraining,
     "ect": EasyConsistencyTuning,
+    "edm": Diffusion,
+    "ict": ImprovedConsistencyTraining,
+    "meanflow": MeanFlow,
+    "sct": ContinuousConsistencyTraining,
 }
 
 

@@ -5,20 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fid_imagegen.diffusion.distances import Distance
-from fid_imagegen.diffusion.noise import NoiseRange, check_levels, ct_levels, ct_target_decay, karras_sigma
+from fid_imagegen.diffusion.noise import check_levels, ct_levels, ct_target_decay, karras_sigma
+from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.objectives.pairs import pair_distance
-from fid_imagegen.diffusion.preconditioning import Preconditioning
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyTraining:
+class ConsistencyTraining(Objective):
     """Uniform cells of a Karras grid of N(k) levels; the target is an EMA of the student with decay mu(k); weight 1."""
 
-    noise: NoiseRange
-    form: Preconditioning
-    distance: Distance
-    num_steps: int
     s0: int = 2
     s1: int = 150
     mu0: float = 0.9

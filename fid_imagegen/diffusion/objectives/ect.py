@@ -11,28 +11,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fid_imagegen.diffusion.distances import Distance
-from fid_imagegen.diffusion.noise import NoiseRange, lognormal_sigmas
+from fid_imagegen.diffusion.noise import lognormal_sigmas
+from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.objectives.pairs import pair_distance
-from fid_imagegen.diffusion.preconditioning import Preconditioning
 
 
 @dataclasses.dataclass(frozen=True)
-class EasyConsistencyTuning:
+class EasyConsistencyTuning(Objective):
     """Weight 1 / (t - r); stages of equal length; the target is the student behind a stop-gradient."""
 
-    noise: NoiseRange
-    form: Preconditioning
-    distance: Distance
-    num_steps: int
     q: float = 2.0
     stages: int = 8
     k: float = 8.0
     b: float = 1.0
     log_mean: float = -1.1
     log_deviation: float = 2.0
-
-    target_decay = None
 
     def stage(self, step) -> Float[Array, ""]:
         """The stage of a step: 0 .. stages - 1."""

@@ -5,33 +5,25 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fid_imagegen.diffusion.distances import Distance
 from fid_imagegen.diffusion.noise import (
-    NoiseRange,
     check_levels,
     ict_levels,
     karras_cell,
     karras_sigma,
     lognormal_sigmas,
 )
+from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.objectives.pairs import pair_distance
-from fid_imagegen.diffusion.preconditioning import Preconditioning
 
 
 @dataclasses.dataclass(frozen=True)
-class ImprovedConsistencyTraining:
+class ImprovedConsistencyTraining(Objective):
     """No target EMA, discrete lognormal levels, doubling curriculum, weight 1 / (sigma_i - sigma_{i+1})."""
 
-    noise: NoiseRange
-    form: Preconditioning
-    distance: Distance
-    num_steps: int
     s0: int = 10
     s1: int = 1280
     log_mean: float = -1.1  # one public port's README has +1.1, which fails
     log_deviation: float = 2.0
-
-    target_decay = None
 
     def __post_init__(self):
         check_levels(self.s0, self.s1)

@@ -153,7 +153,7 @@ class StageCTransformer(nn.Module):
         """(a, b) in float32, each in the latents' shape, at noise times `r_B` in [0, 1]; both are zero at initialisation."""
         check_channels("latents", x_BHWC, self.channels)
         height, width = x_BHWC.shape[1:3]
-        level = self.level(r_B)
+        level = self.level(r_B[:, None])
         h = self.projection(rearrange(x_BHWC, "b h w c -> b (h w) c"))
         angles = rotary_angles(height, width, self.width // self.heads)
         h, _ = self.blocks(h, level, angles, cond, deterministic)

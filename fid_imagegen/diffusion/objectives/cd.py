@@ -1,0 +1,51 @@
+"""Consistency distillation (Song et al. 2023, arXiv 2303.01469, Alg. 2): a diffusion teacher says which way the path goes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fid_imagegen.diffusion.noise import check_levels, example_normal, karras_sigma
+from fid_imagegen.diffusion.objectives.objective import Objective
+from fid_imagegen.diffusion.objectives.pairs import two_level_distance
+from fid_imagegen.diffusion.preconditioning import consistency_function, per_image
+from fid_imagegen.diffusion.samplers import heun_step
+
+
+@dataclasses.dataclass(frozen=True)
+class ConsistencyDistillation(Objective):
+    """Uniform cells of a Karras grid of `levels`; the lower point is the teacher's, by one Heun step; weight 1.
+
+    mu: decay of the target's EMA; 0, as released for CIFAR-10, takes the student itself behind a stop-gradient. Both start as
+    the teacher in the paper: `config.init.generator`.
+    """
+
+    levels: int = 18
+    mu: float = 0.0
+
+    needs_teacher = True
+
+    def __post_init__(self):
+        check_levels(2, self.levels)
+
+    @property
+    def target_decay(self):
+        """The constant decay of the target network's EMA, None without one."""
+        return (lambda step: jnp.float32(self.mu)) if self.mu else None
+
+    def __call__(self, nets, x0, cond, *, keys, key, step):
+        """Loss per image. i is uniform in {0..levels-2}; student at level i, target at i + 1 of a decreasing grid."""
+        keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
+        draw = lambda k: jax.random.randint(k, (), 0, self.levels - 1)  # noqa: E731
+        index = jax.vmap(draw)(keys[:, 0]).astype(jnp.float32)
+        sigma, lower = (karras_sigma(i, self.levels, self.noise) for i in (index, index + 1))
+        noisy = x0 + per_image(sigma) * example_normal(keys[:, 1], x0.shape[1:])
+        common = {"noise": self.noise, "form": self.form}
+
+        def teacher(x, sigma_B):
+            return consistency_function(nets["teacher"], x, sigma_B, cond, key=None, **common)
+
+        behind = jax.lax.stop_gradient(heun_step(teacher, noisy, sigma, lower)), lower
+        target = nets.get("target", nets["student"])
+        common |= {"key": key, "distance": self.distance}
+        return two_level_distance(nets["student"], target, (noisy, sigma), behind, cond, **common), {}

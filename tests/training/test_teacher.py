@@ -1,0 +1,66 @@
+"""Consistency distillation: a run that learns from another run."""
+
+import jax
+import numpy as np
+import pytest
+
+from fid_imagegen import tasks
+from fid_imagegen.training import runs
+from fid_imagegen.training.loop import Run, train
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny, tmp_path_factory):
+    """The folder of a diffusion model."""
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    config = tiny("edm", distance="l2", num_steps=2, **{"optimizers.generator.learning_rate": 0.1})
+    assert train(config, folder)
+    return folder
+
+
+def student(tiny, teacher, **changes):
+    changes = {"distance": "l2", "num_steps": 2, "init.generator": "../teacher", "init.teacher": "../teacher"} | changes
+    return tiny("cd", **changes)
+
+
+def test_a_student_starts_as_its_teacher_and_leaves_it_alone(devices, tiny, teacher):
+    devices(1)
+    workdir = teacher.parent / "student"
+    config = student(tiny, teacher, **{"optimizers.generator.learning_rate": 0.1})
+    run, (_, theirs) = Run(config, workdir), runs.read_params(teacher)
+    jax.tree.map(np.testing.assert_array_equal, run.frozen["teacher"], theirs["generator"])
+    assert train(config, workdir)
+    _, ours = runs.read_params(workdir)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), ours["generator"], theirs["generator"])
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    functions = tasks.build(config).sample(ours, jax.random.key(0), np.arange(2))
+    assert functions.native.noisy.shape == (2, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init.teacher": ""}, "found no weights for the frozen group 'teacher', .*set config.init.teacher"),
+        ({"data.image_size": 8}, "found a teacher in ../teacher with another data.image_size: 4 there, 8 here"),
+        (
+            {"time": "angle", "noise.sigma_max": 40.0},
+            "another noise.sigma_max: 80.0 there, 40.0 here; time: 'log' there, 'angle' here",
+        ),
+        (
+            {"model.width": 32},
+            "found weights in ../teacher that do not fit this model: .*patches/project/bias has shape",
+        ),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(devices, tiny, teacher, changes, message):
+    devices(1)
+    workdir = teacher.parent / "refused"
+    with pytest.raises(ValueError, match=message):
+        Run(student(tiny, teacher, **changes), workdir)
+    assert not workdir.exists()
+
+
+def test_a_run_does_not_go_on_with_another_objective(devices, tiny, teacher):
+    devices(1)
+    with pytest.raises(ValueError, match="found another config in .*objective.name: 'edm' there, 'ect' now"):
+        train(tiny("ect", distance="l2", num_steps=2, **{"optimizers.generator.learning_rate": 0.1}), teacher)
