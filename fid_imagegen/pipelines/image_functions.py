@@ -19,6 +19,8 @@ from fid_imagegen import tasks
 from fid_imagegen.interop.safetensors_io import load_tree, save_tree
 from fid_imagegen.models import rendering
 from fid_imagegen.models.image_function import CoordinateMLP, ImageFunctions, NativeTerm, PixelGrid
+from fid_imagegen.pipelines.edits import projection
+from fid_imagegen.tasks.generator import to_float
 from fid_imagegen.training.runs import read_params
 
 BATCH = 64
@@ -138,6 +140,33 @@ class ImageFunctionPipeline:
             made = self._sample(self.params, jax.random.key(seed), jnp.asarray(index), steps=steps, label_B=chosen)
             parts.append(made)
         return RenderableFunctions(_concatenate(parts, num))
+
+    def edit(
+        self,
+        images: UInt8[np.ndarray, "batch height width channels"],
+        edit: Literal["inpaint", "colourise", "super_resolve"],
+        *,
+        mask: np.ndarray | None = None,
+        factor: int | None = None,
+        steps: int = 40,
+        seed: int = 0,
+        labels=None,
+    ) -> RenderableFunctions:
+        """Functions of images of which a part is known, on the training grid: zero-shot edits of consistency models.
+
+        inpaint: where `mask` [height, width] is 0 the images are not looked at. colourise: only their luma is; super_resolve:
+        only the means of blocks of `factor` x `factor` pixels. On the training grid what is known stays as it was.
+
+        Raises ValueError for images of another size and for what an edit lacks or has no use for.
+        """
+        project = projection(images, edit, self.config.data, mask=mask, factor=factor)
+        known, labels = project(to_float(jnp.asarray(images))), self._check_labels(len(images), labels)
+        run = jax.jit(
+            lambda params, known: self.task.edit(
+                params, jax.random.key(seed), jnp.arange(len(images)), known, project, steps=steps, label_B=labels
+            )
+        )
+        return RenderableFunctions(run(self.params, known))
 
     def _check_labels(self, num: int, labels):
         if labels is None:

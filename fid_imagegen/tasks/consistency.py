@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from fid_imagegen.diffusion import objectives
+from fid_imagegen.diffusion import editing, objectives
 from fid_imagegen.diffusion.distances import DISTANCES
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
 from fid_imagegen.diffusion.preconditioning import consistency_function, per_image, preconditioning
@@ -135,17 +135,42 @@ class ConsistencyTask:
 
         steps: of the objective's sampler, its own number if None.
         """
-        net = self._net(params["generator"], training=False)
         label_B = self._sample_labels(index_B, label_B)
-
-        def denoise(x, sigma_B):
-            return consistency_function(net, x, sigma_B, label_B, key=None, noise=self.noise, form=self.form)
-
         steps = self.objective.sampling_steps if steps is None else steps
         shape = (self.config.data.image_size, self.config.data.image_size, self.config.data.channels)
         x, sigma_B = SAMPLERS[self.objective.sampler](
-            denoise, example_keys(key, index_B), shape, steps=steps, noise=self.noise
+            self._denoise(params, label_B), example_keys(key, index_B), shape, steps=steps, noise=self.noise
         )
+        return self._last(params, x, sigma_B, label_B)
+
+    def edit(
+        self,
+        params,
+        key: Key[Array, ""],
+        index_B: Int[Array, "batch"],
+        known: editing.Images,
+        project: editing.Projection,
+        *,
+        steps: int,
+        label_B=None,
+    ) -> ImageFunctions:
+        """Image functions of which the projection on the training grid is `known`; elsewhere it is interpolated."""
+        label_B = self._sample_labels(index_B, label_B)
+        keys, denoise = example_keys(key, index_B), self._denoise(params, label_B)
+        x, sigma_B = editing.edit_input(denoise, known, project, keys, steps=steps, noise=self.noise)
+        functions = self._last(params, x, sigma_B, label_B)
+        made = render_native(functions, key=None, chunk=self.config.render_chunk)
+        term = functions.native
+        pixels = per_image(term.skip) * term.noisy + known - project(made)
+        return functions.replace(native=term.replace(noisy=pixels, skip=jnp.ones_like(term.skip)))
+
+    def _denoise(self, params, label_B):
+        net = self._net(params["generator"], training=False)
+        common = {"key": None, "noise": self.noise, "form": self.form}
+        return lambda x, sigma_B: consistency_function(net, x, sigma_B, label_B, **common)
+
+    def _last(self, params, x, sigma_B, label_B) -> ImageFunctions:
+        """The last evaluation, of which the image function is kept."""
         levels_BK = self.form.levels(sigma_B, self.noise)
         scaled = per_image(self.form.c_in(sigma_B, self.noise)) * x
         functions = image_functions(self.model, params["generator"], scaled, levels_BK, label_B)

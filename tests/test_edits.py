@@ -1,0 +1,67 @@
+"""Zero-shot edits through the pipeline: what is known stays, the rest is the generator's, the result is a function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from fid_imagegen import ImageFunctionPipeline
+from fid_imagegen.models.rendering import render
+from fid_imagegen.pipelines.edits import projection
+from fid_imagegen.tasks.generator import to_float
+
+PIXELS = np.random.default_rng(3).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+MASK = np.tile([1, 0], (8, 4))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A generator in colour whose every parameter is random."""
+    config = common.runlocal(common.base())
+    config.data.update({"source": "synthetic", "image_size": 8, "channels": 3})
+    config.model.update({"patch": 4, "width": 16, "weight_update": "scale"})
+    pipe = ImageFunctionPipeline(config.lock(), None)
+    generator = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: pipe.task.init(jax.random.key(0))[0])
+    pipe.params = jax.tree.map(lambda x: jnp.asarray(0.3 * generator.standard_normal(x.shape), jnp.float32), shapes)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("edit", "settings"),
+    [("inpaint", {"mask": MASK}), ("colourise", {}), ("super_resolve", {"factor": 4})],
+)
+def test_edits_keep_what_is_known_and_nothing_else(pipe, edit, settings):
+    known = projection(PIXELS, edit, pipe.config.data, **settings)
+    edited = pipe.edit(PIXELS, edit, steps=3, **settings)
+    values = render(edited.functions, 8, 8)
+    np.testing.assert_allclose(known(values), known(to_float(PIXELS)), atol=2e-5)
+    assert np.abs(values - to_float(PIXELS)).max() > 0.1
+    # What is not known is not looked at, and the result is a function.
+    hidden = PIXELS.copy()
+    if edit == "inpaint":
+        hidden[:, MASK == 0] = 255 - hidden[:, MASK == 0]
+        np.testing.assert_allclose(
+            render(pipe.edit(hidden, edit, steps=3, **settings).functions, 8, 8), values, atol=1e-5
+        )
+    assert edited.render(20, 31).shape == (2, 20, 31, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": PIXELS[:, :4]}, r"found images uint8 \(2, 4, 8, 3\), expected uint8 \[batch, 8, 8, 3\]"),
+        ({"edit": "sharpen"}, "found edit 'sharpen', expected one of .*'inpaint'"),
+        ({"mask": None}, "found neither mask nor factor for 'inpaint', expected a mask"),
+        ({"factor": 2}, "found a mask and a factor for 'inpaint', expected a mask"),
+        ({"mask": MASK * 2}, r"from 0 to 2, expected 0 and 1 in \[8, 8\]"),
+        (
+            {"edit": "super_resolve", "mask": None, "factor": 3},
+            "found factor 3, expected a divisor of the training size 8",
+        ),
+    ],
+)
+def test_edits_that_cannot_be(pipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.edit(**{"images": PIXELS, "edit": "inpaint", "mask": MASK} | changes)
