@@ -100,14 +100,18 @@ def base() -> ConfigDict:
     config.model.heads = config_dict.placeholder(int)
     config.model.extractor_depth = config_dict.placeholder(int)
     config.model.predictor_depth = config_dict.placeholder(int)
-    config.model.function = config_dict.placeholder(str)  # 5x256, 5x128, 5x64
+    config.model.function = config_dict.placeholder(
+        str
+    )  # global: 5x256, 5x128, 5x64; local: local256, local128, local64
     config.model.function_width = config_dict.placeholder(int)
     config.model.function_depth = config_dict.placeholder(int)
     config.model.bands = config_dict.placeholder(int)
-    config.model.groups = config_dict.placeholder(int)
+    config.model.function_features = config_dict.placeholder(int)  # values a patch, of local functions
+    config.model.groups = config_dict.placeholder(int)  # this and the next three: of global functions
     config.model.activation = "relu"  # relu, sine
     config.model.weight_update = "normalize"  # normalize (TransINR), scale (LDMI)
     config.model.cutoff = "nyquist"  # or cycles per image, e.g. "1024" as the papers
+    config.model.integrated = config_dict.placeholder(bool)  # waves averaged over a pixel's footprint
     config.model.level_scale = 1000.0
     config.model.num_classes = 0  # 0: unconditional
     config.model.dropout = 0.0

@@ -6,6 +6,7 @@ The extractor's blocks are gated by zeros at initialisation, so an untrained ext
 predictor pre-trained on bare patch tokens fits behind it without a jump (`reconstruct`).
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,7 @@ from fid_imagegen.models.layers import (
     sin_cos_positions,
     stack,
 )
+from fid_imagegen.models.local_function import LOCAL_PRESETS, LocalMLP
 
 # The predictor holds less than half of the parameters, as the paper says. S has DiT-S's trunk, B and L the wider ones.
 PRESETS = {
@@ -132,6 +134,34 @@ class FunctionPredictor(nn.Module):
         return per_image
 
 
+class LocalPredictor(nn.Module):
+    """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features."""
+
+    kind: LocalMLP
+    width: int
+    heads: int
+    depth: int
+    remat: bool
+    unroll: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "batch tokens features"]) -> dict[str, Array]:
+        blocks = stack(
+            DecoderBlock,
+            self.depth,
+            remat=self.remat,
+            unroll=self.unroll,
+            heads=self.heads,
+            dtype=self.dtype,
+            name="blocks",
+        )
+        context = layer_norm("norm_context", affine=True, dtype=self.dtype)(features)
+        tokens = layer_norm("head_norm", affine=True, dtype=self.dtype)(blocks(features, context)[0])
+        made = nn.Dense(self.kind.features, dtype=self.dtype, name="head")(tokens)
+        return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
+
+
 class FunctionGenerator(nn.Module):
     """Noisy images [batch, size, size, channels] and their noise levels -> `ImageFunctions`, in one evaluation.
 
@@ -139,7 +169,7 @@ class FunctionGenerator(nn.Module):
     preconditioning says it.
     """
 
-    kind: CoordinateMLP
+    kind: CoordinateMLP | LocalMLP
     image_size: int
     patch: int
     width: int
@@ -174,7 +204,8 @@ class FunctionGenerator(nn.Module):
             dropout=self.dropout,
             **common,
         )
-        self.predictor = FunctionPredictor(self.kind, depth=self.predictor_depth, **common)
+        predictor = LocalPredictor if isinstance(self.kind, LocalMLP) else FunctionPredictor
+        self.predictor = predictor(self.kind, depth=self.predictor_depth, **common)
         self.function = self.param("function", self.kind.init_shared)
 
     def __call__(
@@ -198,14 +229,41 @@ class FunctionGenerator(nn.Module):
         return ImageFunctions(kind=self.kind, grid=grid, shared=self.function, per_image=per_image)
 
 
-def function_kind(preset: str, *, channels: int, image_size: int, cutoff: str | float, **overrides) -> CoordinateMLP:
-    """The image function of a named size. `cutoff`: "nyquist" (image_size / 2, the default elsewhere) or cycles per image."""
-    if preset not in FUNCTION_PRESETS:
-        raise ValueError(f"found function preset {preset!r}, expected one of {sorted(FUNCTION_PRESETS)}")
+def function_kind(
+    preset: str,
+    *,
+    channels: int,
+    image_size: int,
+    patch: int,
+    cutoff: str | float,
+    activation: str = "relu",
+    weight_update: str = "normalize",
+    **sizes,
+) -> CoordinateMLP | LocalMLP:
+    """The image function of a named size, `sizes` in the place of the preset's.
+
+    cutoff, activation and weight_update are a global function's; cutoff: "nyquist" (image_size / 2) or cycles per image. A local
+    function's bands are whole numbers a patch, up to the Nyquist rate of its pixels if `sizes` do not say otherwise.
+    """
+    if preset not in FUNCTION_PRESETS | LOCAL_PRESETS:
+        raise ValueError(
+            f"found function preset {preset!r}, expected one of {sorted(FUNCTION_PRESETS | LOCAL_PRESETS)}; "
+            "change config.model.function"
+        )
+    made = LocalMLP if preset in LOCAL_PRESETS else CoordinateMLP
+    if unknown := sorted(set(sizes) - {field.name for field in dataclasses.fields(made)}):
+        raise ValueError(
+            f"found {', '.join(unknown)} for function {preset!r}, which has none; leave it out of config.model"
+        )
+    if made is LocalMLP:
+        patches, bands = image_size // patch, max(1, patch // 2)
+        here = {"channels": channels, "rows": patches, "columns": patches, "bands": bands}
+        return LocalMLP(**(here | LOCAL_PRESETS[preset] | sizes))
     try:
         cutoff = image_size / 2 if cutoff == "nyquist" else float(cutoff)
     except ValueError:
         raise ValueError(
             f"found cutoff {cutoff!r}, expected 'nyquist' or cycles per image, such as 1024; change config.model.cutoff"
         ) from None
-    return CoordinateMLP(channels=channels, cutoff=cutoff, **(FUNCTION_PRESETS[preset] | overrides))
+    here = {"channels": channels, "cutoff": cutoff, "activation": activation, "weight_update": weight_update}
+    return CoordinateMLP(**(here | FUNCTION_PRESETS[preset] | sizes))

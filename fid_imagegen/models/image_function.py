@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.models.resampling import resample
 
 PAPER_CUTOFF = 1024.0
@@ -57,12 +58,19 @@ def variational_coordinates(
 
 
 def fourier_features(
-    coords_N2: Float[Array, "coordinates 2"], frequencies: np.ndarray
+    coords_N2: Float[Array, "coordinates 2"], frequencies: np.ndarray, cell_2: Float[Array, "2"] | None = None
 ) -> Float[Array, "coordinates features"]:
-    """[cos(pi w x), sin(pi w x)] of both coordinates for every frequency w (cycles per image): 4 features a frequency."""
-    phases = jnp.pi * coords_N2.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies, jnp.float32)
+    """[cos(pi w x), sin(pi w x)] of both coordinates for every frequency w (cycles per image): 4 features a frequency.
+
+    With `cell_2`, the footprint of a pixel, every wave is its average over the footprint: sinc(w cell / 2) times itself.
+    """
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    phases = jnp.pi * coords_N2.astype(jnp.float32)[:, :, None] * frequencies
     phases = phases.reshape(coords_N2.shape[0], -1)
-    return jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=1)
+    waves = jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=1)
+    if cell_2 is None:
+        return waves
+    return waves * jnp.tile(jnp.sinc(cell_2[:, None] / 2 * frequencies).reshape(-1), 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +82,8 @@ class CoordinateMLP:
     bands, cutoff: log-spaced frequencies from 1 to `cutoff` cycles per image; the training grid's Nyquist rate is N / 2.
     groups: predicted columns per layer, at most; column j of a matrix uses prediction j mod groups.
     weight_update: "normalize" (base * prediction, columns scaled to unit norm over fan-in) or "scale" (base * (1 + prediction)).
+    integrated: Fourier features are averaged over the pixel's footprint (Mip-NeRF, arXiv 2103.13415), which a render finer than
+        the training grid damps less and a coarser one more.
     """
 
     channels: int
@@ -85,12 +95,17 @@ class CoordinateMLP:
     omega: float = 30.0
     groups: int = 64
     weight_update: str = "normalize"
+    integrated: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
         for field, known in (("activation", ("relu", "sine")), ("weight_update", ("normalize", "scale"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"found {field}={getattr(self, field)!r}, expected one of {known}")
+        if self.integrated and self.activation == "sine":
+            raise ValueError(
+                "found integrated=True with activation 'sine', expected 'relu': raw coordinates have no bands to average"
+            )
         if self.depth < 2:
             raise ValueError(f"found an image function of depth {self.depth}, expected at least 2 linear layers")
         for _, fan_out in self.layer_sizes:
@@ -147,10 +162,10 @@ class CoordinateMLP:
         coords_N2: Float[Array, "coordinates 2"],
         cell_2: Float[Array, "2"],
     ) -> Float[Array, "coordinates channels"]:
-        """Values of one image at `coords_N2`. A point-sampled MLP has no use for `cell_2`, the footprint of a pixel."""
-        del cell_2
+        """Values of one image at `coords_N2`. `cell_2` is the footprint of a pixel, of use where features are integrated."""
         sine = self.activation == "sine"
-        x = coords_N2 if sine else fourier_features(coords_N2, self.frequencies)
+        footprint = cell_2 if self.integrated else None
+        x = coords_N2 if sine else fourier_features(coords_N2, self.frequencies, footprint)
         for layer in range(self.depth):
             matrix, bias = self.matrix(shared, per_image, layer), shared[f"bias_{layer}"]
             # Sine phases stay float32 in the first layer: `omega` times a coordinate is a phase like any other.
@@ -207,7 +222,7 @@ class NativeTerm:
 class ImageFunctions:
     """A batch of image functions. `grid` is the (height, width) they were trained at."""
 
-    kind: CoordinateMLP | PixelGrid = flax.struct.field(pytree_node=False)
+    kind: CoordinateMLP | LocalMLP | PixelGrid = flax.struct.field(pytree_node=False)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     shared: Any = None
     per_image: Any = None

@@ -19,13 +19,15 @@ from fid_imagegen import tasks
 from fid_imagegen.interop.safetensors_io import load_tree, save_tree
 from fid_imagegen.models import rendering
 from fid_imagegen.models.image_function import CoordinateMLP, ImageFunctions, NativeTerm, PixelGrid
+from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.pipelines.edits import projection
 from fid_imagegen.tasks.generator import to_float
 from fid_imagegen.training.runs import read_params
 
 BATCH = 64
 MAX_NUM = 1_000_000
-KINDS = {kind.__name__: kind for kind in (CoordinateMLP, PixelGrid)}
+READ = {int: int, float: float, str: str, bool: "True".__eq__}
+KINDS = {kind.__name__: kind for kind in (CoordinateMLP, LocalMLP, PixelGrid)}
 
 
 class RenderableFunctions:
@@ -83,7 +85,7 @@ class RenderableFunctions:
                 f"found format {metadata.get('format')!r} in {path}, expected a file of RenderableFunctions.save"
             )
         kind = KINDS[metadata.get("kind", "CoordinateMLP")]
-        fields = {field.name: field.type(metadata[field.name]) for field in dataclasses.fields(kind)}
+        fields = {field.name: READ[field.type](metadata[field.name]) for field in dataclasses.fields(kind)}
         height, width = map(int, metadata["grid"].split("x"))
         native = NativeTerm(**tree["native"]) if "native" in tree else None
         return cls(

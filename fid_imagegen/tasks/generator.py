@@ -16,7 +16,14 @@ from fid_imagegen.models.image_function import (
     variational_coordinates,
 )
 
-FUNCTION_FIELDS = {"function_width": "width", "function_depth": "depth", "bands": "bands", "groups": "groups"}
+FUNCTION_FIELDS = {
+    "function_width": "width",
+    "function_depth": "depth",
+    "function_features": "features",
+    "bands": "bands",
+    "groups": "groups",
+    "integrated": "integrated",
+}
 
 
 def build_generator(config) -> FunctionGenerator:
@@ -34,6 +41,7 @@ def build_generator(config) -> FunctionGenerator:
         function_preset,
         channels=config.data.channels,
         image_size=config.data.image_size,
+        patch=model.patch,
         cutoff=model.cutoff,
         activation=model.activation,
         weight_update=model.weight_update,

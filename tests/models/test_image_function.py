@@ -76,14 +76,14 @@ def test_features_at_twice_the_size_average_to_those_at_the_size():
 
 
 def test_the_cutoff_is_the_nyquist_rate_of_the_training_grid_unless_stated():
-    frequencies = function_kind("5x256", channels=3, image_size=32, cutoff="nyquist").frequencies
+    frequencies = function_kind("5x256", channels=3, image_size=32, patch=4, cutoff="nyquist").frequencies
     assert (frequencies[0], frequencies[-1]) == (1, pytest.approx(16))
     np.testing.assert_allclose(frequencies[1:] / frequencies[:-1], 16 ** (1 / 63))
-    assert function_kind("5x256", channels=3, image_size=32, cutoff="1024").cutoff == 1024
+    assert function_kind("5x256", channels=3, image_size=32, patch=4, cutoff="1024").cutoff == 1024
     with pytest.raises(ValueError, match="found cutoff 'nyqist'.*'nyquist' or cycles"):
-        function_kind("5x256", channels=3, image_size=32, cutoff="nyqist")
+        function_kind("5x256", channels=3, image_size=32, patch=4, cutoff="nyqist")
     with pytest.raises(ValueError, match="found function preset '9x9'.*5x256"):
-        function_kind("9x9", channels=3, image_size=32, cutoff="nyquist")
+        function_kind("9x9", channels=3, image_size=32, patch=4, cutoff="nyquist")
 
 
 @pytest.mark.parametrize(("size", "percent"), [(32, 59), (64, 50), (128, 41), (178, 36)])

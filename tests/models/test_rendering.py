@@ -194,7 +194,7 @@ from fid_imagegen.models.function_generator import function_kind
 from fid_imagegen.models.image_function import ImageFunctions
 from fid_imagegen.models.rendering import render
 
-kind = function_kind("5x64", channels=3, image_size=32, cutoff="nyquist")
+kind = function_kind("5x64", channels=3, image_size=32, patch=4, cutoff="nyquist")
 columns = zip(kind.layer_sizes, kind.columns)
 per_image = {f"columns_{i}": jnp.ones((1, fan_in, count)) for i, ((fan_in, _), count) in enumerate(columns)}
 functions = ImageFunctions(kind=kind, grid=(32, 32), shared=kind.init_shared(jax.random.key(0)), per_image=per_image)
