@@ -94,11 +94,15 @@ def base() -> ConfigDict:
     """Every key of an image-function generator's config, with the values the CIFAR-10-sized one starts from."""
     config = training("consistency")
     config.model = ConfigDict()
-    config.model.preset = "tiny"  # tiny, S, B, L
+    config.model.network = "function"  # of one fixed size: dit, uvit
+    config.model.preset = "tiny"  # tiny, S, B, L; dit: XL too; uvit: M for B
     config.model.patch = 2
     config.model.width = config_dict.placeholder(int)
     config.model.heads = config_dict.placeholder(int)
-    config.model.extractor_depth = config_dict.placeholder(int)
+    config.model.depth = config_dict.placeholder(int)  # of dit and uvit
+    config.model.extractor_depth = config_dict.placeholder(
+        int
+    )  # from here to integrated: of the generator of functions
     config.model.predictor_depth = config_dict.placeholder(int)
     config.model.function = config_dict.placeholder(
         str
@@ -115,6 +119,7 @@ def base() -> ConfigDict:
     config.model.level_scale = 1000.0
     config.model.num_classes = 0  # 0: unconditional
     config.model.dropout = 0.0
+    config.model.qk_norm = False  # of queries and keys, for objectives that differentiate in the level
     config.model.dtype = "float32"  # compute; parameters are always float32
     config.model.remat = False
     config.model.unroll = False

@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 from fid_imagegen.models.image_function import FUNCTION_PRESETS, CoordinateMLP, ImageFunctions
 from fid_imagegen.models.layers import (
     XAVIER,
-    AdaLNZeroBlock,
     DecoderBlock,
-    LevelEmbedding,
+    FeatureExtractor,
     layer_norm,
+    patchify,
     sin_cos_positions,
     stack,
 )
@@ -45,51 +45,11 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens features"]:
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
-        patches = rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
         tokens = nn.Dense(self.features, kernel_init=XAVIER, dtype=self.dtype, name="project")(
-            patches.astype(self.dtype)
+            patchify(x, self.patch).astype(self.dtype)
         )
         tokens = tokens + sin_cos_positions(rows, columns, self.features).astype(self.dtype)
         return nn.with_logical_constraint(tokens, ("batch", "tokens", "features"))
-
-
-class FeatureExtractor(nn.Module):
-    """DiT blocks with adaLN-Zero, conditioned on the noise level and, where there are labels, on the label."""
-
-    width: int
-    heads: int
-    depth: int
-    num_classes: int
-    level_scale: float
-    dropout: float
-    remat: bool
-    unroll: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Float[Array, "batch tokens features"],
-        levels_BK: Float[Array, "batch K"],
-        label_B: Int[Array, "batch"] | None,
-        deterministic: bool,
-    ) -> Float[Array, "batch tokens features"]:
-        condition = LevelEmbedding(self.width, self.level_scale, dtype=self.dtype, name="level")(levels_BK)
-        if self.num_classes:
-            embed = nn.Embed(self.num_classes, self.width, embedding_init=nn.initializers.normal(0.02), name="label")
-            condition = condition + embed(label_B).astype(self.dtype)
-        blocks = stack(
-            AdaLNZeroBlock,
-            self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            static_argnums=(3,),
-            heads=self.heads,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            name="blocks",
-        )
-        return blocks(tokens, condition, deterministic)[0]
 
 
 class FunctionPredictor(nn.Module):
@@ -179,6 +139,7 @@ class FunctionGenerator(nn.Module):
     num_classes: int = 0
     level_scale: float = 1000.0
     dropout: float = 0.0
+    qk_norm: bool = False
     remat: bool = False
     unroll: bool = False
     dtype: Any = jnp.float32
@@ -202,6 +163,7 @@ class FunctionGenerator(nn.Module):
             num_classes=self.num_classes,
             level_scale=self.level_scale,
             dropout=self.dropout,
+            qk_norm=self.qk_norm,
             **common,
         )
         predictor = LocalPredictor if isinstance(self.kind, LocalMLP) else FunctionPredictor
@@ -216,8 +178,8 @@ class FunctionGenerator(nn.Module):
         *,
         deterministic: bool = True,
     ) -> ImageFunctions:
-        """The functions of noisy images. `label_B` is needed when `num_classes` > 0 and ignored otherwise."""
-        features = self.extractor(self.patches(x), levels_BK, label_B, deterministic)
+        """The functions of noisy images. `label_B` is needed when `num_classes` > 0; `num_classes` itself is no label."""
+        features, _ = self.extractor(self.patches(x), levels_BK, label_B, deterministic)
         return self._functions(self.predictor(features))
 
     def reconstruct(self, x: Float[Array, "batch height width channels"]) -> ImageFunctions:

@@ -1,4 +1,4 @@
-"""Layers the Transformers share: attention, adaLN-Zero and decoder blocks, and their embeddings.
+"""Layers the Transformers share: patches, attention, adaLN-Zero and decoder blocks, their embeddings, and DiT's trunk.
 
 DiT (Peebles & Xie 2023, arXiv 2212.09748) is the source of the adaLN-Zero block; TransINR (arXiv 2208.02801) and ANR
 (arXiv 2407.15355) of the decoder block. Axes are named with `nn.with_logical_constraint`; `parallel` supplies the rules,
@@ -14,11 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Dtype = Any
 TOKENS = ("batch", "tokens", "features")
 XAVIER = nn.initializers.xavier_uniform()
+
+
+def wide(dtype: Dtype) -> Dtype:
+    """float32, or float64 where that is computed in."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def layer_norm(name: str | None = None, *, affine: bool, dtype: Dtype) -> nn.LayerNorm:
@@ -45,9 +50,47 @@ def sin_cos_positions(height: int, width: int, features: int) -> np.ndarray:
     return np.concatenate([encode(rows), encode(columns)], axis=1).astype(np.float32)
 
 
+def check_image(x_BHWC: Array, channels: int, patch: int) -> None:
+    """ValueError for images of other channels, or of sides that `patch` does not divide."""
+    height, width, found = x_BHWC.shape[1:]
+    if found != channels:
+        raise ValueError(f"found images of {found} channels, expected {channels}; change the model's channels")
+    if height % patch or width % patch:
+        raise ValueError(
+            f"found images of {height}x{width}, expected multiples of the patch, {patch}; resize them or change the model's patch"
+        )
+
+
+def check_labels(label_B: Array | None, last: int) -> None:
+    """ValueError where a model of labels 0..`last` is called without labels."""
+    if label_B is None:
+        raise ValueError(
+            f"found no labels, expected one of 0..{last} an image; give label_B, or make the model with num_classes=0"
+        )
+
+
+def patchify(x_BHWC: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch tokens features"]:
+    """Images -> non-overlapping patches in row-major order, each flattened as (row, column, channel)."""
+    return rearrange(x_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(
+    x: Float[Array, "batch tokens features"], patch: int, rows: int
+) -> Float[Array, "batch height width channels"]:
+    """The inverse of `patchify` for images of `rows` rows of patches."""
+    return rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=patch, q=patch)
+
+
+def sin_cos_levels(levels_BK: Float[Array, "batch K"], features: int) -> Float[Array, "batch K features"]:
+    """[cos, sin] of the levels at features / 2 frequencies from 1 to almost 1e-4; at least float32, for phases are large."""
+    half = features // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    phases = levels_BK.astype(wide(levels_BK.dtype))[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=-1)
+
+
 class LevelEmbedding(nn.Module):
-    """Noise level, or the two ends of a jump -> features: sin-cos of `scale * level` (period 10,000, 256 wide each), then Dense,
-    SiLU, Dense.
+    """Noise level, or two of a jump -> features: sin-cos of `scale * level` (period 10,000, 256 wide each), Dense, SiLU, Dense.
 
     `scale` is 1000 as in the torch release of consistency models: c_noise = ln(sigma) / 4 spans only [-1.6, 1.1], and the
     embedder was made for 0..1000. Objectives that differentiate in the level need a small scale.
@@ -59,10 +102,7 @@ class LevelEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, levels_BK: Float[Array, "batch K"]) -> Float[Array, "batch features"]:
-        half = 128
-        frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        phases = self.scale * levels_BK.astype(jnp.float32)[..., None] * frequencies
-        x = jnp.concatenate([jnp.cos(phases), jnp.sin(phases)], axis=-1).astype(self.dtype)
+        x = sin_cos_levels(self.scale * levels_BK.astype(wide(levels_BK.dtype)), 256).astype(self.dtype)
         x = rearrange(x, "b k f -> b (k f)")
         normal = nn.initializers.normal(0.02)
         x = nn.silu(nn.Dense(self.features, kernel_init=normal, dtype=self.dtype)(x))
@@ -70,10 +110,16 @@ class LevelEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `queries` over `context`, softmax in float32. Written as einsums so that a JVP exists."""
+    """Multi-head attention of `queries` over `context`, softmax in float32. Written as einsums so that a JVP exists.
+
+    qk_norm: RMS norms on the queries and keys of every head (Dehghani et al. 2023, arXiv 2302.05442), so that logits cannot
+    grow with the weights; continuous-time objectives need them to stay finite.
+    """
 
     heads: int
     use_bias: bool
+    qk_norm: bool = False
+    kernel_init: nn.initializers.Initializer = XAVIER
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -87,27 +133,36 @@ class Attention(nn.Module):
             )
 
         def project(name, x):
-            x = nn.Dense(features, use_bias=self.use_bias, kernel_init=XAVIER, dtype=self.dtype, name=name)(x)
-            x = rearrange(x, "b n (h d) -> b n h d", h=self.heads)
+            dense = nn.Dense(
+                features, use_bias=self.use_bias, kernel_init=self.kernel_init, dtype=self.dtype, name=name
+            )
+            x = rearrange(dense(x), "b n (h d) -> b n h d", h=self.heads)
             return nn.with_logical_constraint(x, ("batch", "tokens", "heads", None))
 
         q, k, v = project("query", queries), project("key", context), project("value", context)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        if self.qk_norm:
+            q, k = (
+                nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)(x)
+                for name, x in (("query_norm", q), ("key_norm", k))
+            )
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide(self.dtype))
         weights = jax.nn.softmax(logits / math.sqrt(features // self.heads)).astype(self.dtype)
         out = rearrange(jnp.einsum("bhqk,bkhd->bqhd", weights, v), "b n h d -> b n (h d)")
-        return nn.Dense(features, kernel_init=XAVIER, dtype=self.dtype, name="out")(out)
+        return nn.Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, name="out")(out)
 
 
 class FeedForward(nn.Module):
-    """Dense to four times the width, GELU (tanh form, as DiT), Dense back."""
+    """Dense to four times the width, GELU (DiT's tanh form unless `exact`), Dense back."""
 
     dtype: Dtype = jnp.float32
+    exact: bool = False
+    kernel_init: nn.initializers.Initializer = XAVIER
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens features"]) -> Float[Array, "batch tokens features"]:
-        hidden = nn.Dense(4 * x.shape[-1], kernel_init=XAVIER, dtype=self.dtype, name="up")(x)
-        hidden = nn.with_logical_constraint(nn.gelu(hidden, approximate=True), ("batch", "tokens", "hidden"))
-        return nn.Dense(x.shape[-1], kernel_init=XAVIER, dtype=self.dtype, name="down")(hidden)
+        hidden = nn.Dense(4 * x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x)
+        hidden = nn.with_logical_constraint(nn.gelu(hidden, approximate=not self.exact), ("batch", "tokens", "hidden"))
+        return nn.Dense(x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="down")(hidden)
 
 
 class AdaLNZeroBlock(nn.Module):
@@ -115,6 +170,7 @@ class AdaLNZeroBlock(nn.Module):
 
     heads: int
     dropout: float = 0.0
+    qk_norm: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -127,7 +183,7 @@ class AdaLNZeroBlock(nn.Module):
         )
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None], 6, axis=-1)
         h = layer_norm("norm_attention", affine=False, dtype=self.dtype)(x) * (1 + scale_a) + shift_a
-        h = Attention(self.heads, use_bias=True, dtype=self.dtype, name="attention")(h, h)
+        h = Attention(self.heads, use_bias=True, qk_norm=self.qk_norm, dtype=self.dtype, name="attention")(h, h)
         x = x + gate_a * nn.Dropout(self.dropout)(h, deterministic)
         h = layer_norm("norm_mlp", affine=False, dtype=self.dtype)(x) * (1 + scale_m) + shift_m
         h = FeedForward(dtype=self.dtype, name="mlp")(h)
@@ -154,8 +210,19 @@ class DecoderBlock(nn.Module):
         return nn.with_logical_constraint(x, TOKENS), None
 
 
-def stack(block: Callable[..., nn.Module], layers: int, *, remat: bool, unroll: bool, static_argnums=(), **kwargs):
+def stack(
+    block: Callable[..., nn.Module],
+    layers: int,
+    *,
+    remat: bool,
+    unroll: bool,
+    static_argnums=(),
+    in_axes=nn.broadcast,
+    **kwargs,
+):
     """`layers` copies of `block` under one `nn.scan`: parameters are stacked [L, ...] whether unrolled or not.
+
+    in_axes: of the arguments after the carry; 0 for one that has an entry a layer.
 
     `unroll=True` compiles the layers one after another, which lets XLA fuse across them at the price of compile time;
     the parameter tree is the same, so checkpoints, sharding rules and converters never notice.
@@ -166,8 +233,55 @@ def stack(block: Callable[..., nn.Module], layers: int, *, remat: bool, unroll: 
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=in_axes,
         length=layers,
         unroll=layers if unroll else 1,
     )
     return scanned(**kwargs)
+
+
+class FeatureExtractor(nn.Module):
+    """DiT blocks with adaLN-Zero, conditioned on the noise level and, where there are labels, on the label.
+
+    Returns the tokens and the condition. One more label, `num_classes`, is the null class: that of no label.
+    """
+
+    width: int
+    heads: int
+    depth: int
+    num_classes: int
+    level_scale: float
+    dropout: float
+    remat: bool
+    unroll: bool
+    qk_norm: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "batch tokens features"],
+        levels_BK: Float[Array, "batch K"],
+        label_B: Int[Array, "batch"] | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "batch tokens features"], Float[Array, "batch features"]]:
+        condition = LevelEmbedding(self.width, self.level_scale, dtype=self.dtype, name="level")(levels_BK)
+        if self.num_classes:
+            check_labels(label_B, self.num_classes)
+            embed = nn.Embed(
+                self.num_classes + 1, self.width, embedding_init=nn.initializers.normal(0.02), name="label"
+            )
+            condition = condition + embed(label_B).astype(self.dtype)
+        blocks = stack(
+            AdaLNZeroBlock,
+            self.depth,
+            remat=self.remat,
+            unroll=self.unroll,
+            static_argnums=(3,),
+            heads=self.heads,
+            dropout=self.dropout,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            name="blocks",
+        )
+        return blocks(tokens, condition, deterministic)[0], condition

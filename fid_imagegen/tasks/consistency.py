@@ -15,13 +15,13 @@ from fid_imagegen.interop.lpips import load_lpips
 from fid_imagegen.models.features.lpips import lpips_distance
 from fid_imagegen.models.image_function import ImageFunctions, NativeTerm
 from fid_imagegen.tasks.generator import (
-    build_generator,
     generator_net,
     image_functions,
     init_generator,
     render_native,
     to_float,
 )
+from fid_imagegen.tasks.networks import build_generator
 
 STEEPEST_LEVEL = 16.0  # radians a unit of level, as much as Fourier features of scale 2.5
 # What a teacher must share with its student, who asks it about his own noisy images at his own levels.
@@ -103,7 +103,7 @@ class ConsistencyTask:
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
         """(trained groups, model state)."""
-        return {"generator": init_generator(self.model, key, levels=len(self.form.times))}, {}
+        return {"generator": init_generator(self.model, self.config, key, levels=len(self.form.times))}, {}
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean loss of a batch {"image": uint8 NHWC, "label": [B], "row": [B]}: (loss, (model_state, metrics))."""

@@ -1,4 +1,4 @@
-"""What the tasks of an image-function generator share: the model of a config, images from bytes, nets for objectives."""
+"""What the tasks of a generator share: images from bytes, its functions, nets for objectives."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ from einops import rearrange
 from jaxtyping import Array, Float, Key, UInt8
 
 from fid_imagegen.diffusion.preconditioning import per_image
-from fid_imagegen.models.function_generator import PRESETS, FunctionGenerator, function_kind
 from fid_imagegen.models.image_function import (
     ImageFunctions,
     PixelGrid,
@@ -15,51 +14,6 @@ from fid_imagegen.models.image_function import (
     pixel_grid,
     variational_coordinates,
 )
-
-FUNCTION_FIELDS = {
-    "function_width": "width",
-    "function_depth": "depth",
-    "function_features": "features",
-    "bands": "bands",
-    "groups": "groups",
-    "integrated": "integrated",
-}
-
-
-def build_generator(config) -> FunctionGenerator:
-    """The generator of `config.model` at `config.data`'s size. Fields left None take the preset's value."""
-    model = config.model
-    if model.preset not in PRESETS:
-        raise ValueError(
-            f"found preset {model.preset!r}, expected one of {sorted(PRESETS)}; change config.model.preset"
-        )
-    preset = dict(PRESETS[model.preset])
-    function_preset = model.function or preset.pop("function")
-    preset.pop("function", None)
-    sizes = {field: value if model[field] is None else model[field] for field, value in preset.items()}
-    kind = function_kind(
-        function_preset,
-        channels=config.data.channels,
-        image_size=config.data.image_size,
-        patch=model.patch,
-        cutoff=model.cutoff,
-        activation=model.activation,
-        weight_update=model.weight_update,
-        dtype=model.dtype,
-        **{name: model[field] for field, name in FUNCTION_FIELDS.items() if model[field] is not None},
-    )
-    return FunctionGenerator(
-        kind=kind,
-        image_size=config.data.image_size,
-        patch=model.patch,
-        num_classes=model.num_classes,
-        level_scale=model.level_scale,
-        dropout=model.dropout,
-        remat=model.remat,
-        unroll=model.unroll,
-        dtype=jnp.dtype(model.dtype),
-        **sizes,
-    )
 
 
 def to_float(images: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
@@ -102,8 +56,8 @@ def generator_net(model, params, *, training: bool, variational: bool, chunk: in
     return net
 
 
-def init_generator(model: FunctionGenerator, key: Key[Array, ""], *, levels: int):
+def init_generator(model, config, key: Key[Array, ""], *, levels: int):
     """Fresh parameters (a plain dict) of a network that is told `levels` values of the noise level."""
-    size, channels = model.image_size, model.kind.channels
-    label = jnp.zeros((1,), jnp.int32) if model.num_classes else None
+    size, channels = config.data.image_size, config.data.channels
+    label = jnp.zeros((1,), jnp.int32) if config.model.num_classes else None
     return model.init(key, jnp.zeros((1, size, size, channels)), jnp.zeros((1, levels)), label)["params"]

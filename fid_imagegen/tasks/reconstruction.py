@@ -13,7 +13,8 @@ from fid_imagegen.diffusion.distances import l2
 from fid_imagegen.diffusion.noise import NoiseRange
 from fid_imagegen.diffusion.preconditioning import per_image, preconditioning
 from fid_imagegen.models.image_function import ImageFunctions, NativeTerm
-from fid_imagegen.tasks.generator import build_generator, init_generator, render_native, to_float
+from fid_imagegen.tasks.generator import init_generator, render_native, to_float
+from fid_imagegen.tasks.networks import build_generator
 
 
 class ReconstructionTask:
@@ -25,6 +26,11 @@ class ReconstructionTask:
     def __init__(self, config):
         self.config = config
         self.model = build_generator(config)
+        if not hasattr(self.model, "reconstruct"):
+            raise ValueError(
+                f"found pre-training of network {config.model.network!r}, expected 'function': others have no predictor; set "
+                "config.pretrain.num_steps=0"
+            )
         self.noise = NoiseRange(**config.noise)
         self.form = preconditioning(config.preconditioning, config.time)
         self.clean_scale = self.form.clean_scale(self.noise)
@@ -43,7 +49,7 @@ class ReconstructionTask:
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
         """(trained groups, model state)."""
-        return {"generator": init_generator(self.model, key, levels=len(self.form.times))}, {}
+        return {"generator": init_generator(self.model, self.config, key, levels=len(self.form.times))}, {}
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean squared error of a batch {"image": uint8 NHWC}: (loss, (model_state, metrics))."""

@@ -68,7 +68,7 @@ PARAMETERS = {
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_of_the_presets(preset):
     sizes = dict(PRESETS[preset])
-    kind = function_kind(sizes.pop("function"), channels=3, image_size=64, cutoff="nyquist")
+    kind = function_kind(sizes.pop("function"), channels=3, image_size=64, patch=4, cutoff="nyquist")
     model = FunctionGenerator(kind=kind, image_size=64, patch=4, **sizes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 1)))["params"]
     total, predictor = (

@@ -100,6 +100,31 @@ def test_derivatives_go_through_the_generator(tiny_task, random_params, batch, n
     assert render(functions, 12, 9).shape == (2, 12, 9, 1)
 
 
+UNSET = {f"model.{name}": None for name in ("function_width", "function_depth", "bands", "groups")}
+RIVALS = {
+    "dit": {"model.network": "dit", "model.heads": 2, "model.depth": 2, "model.qk_norm": True},
+    "uvit": {"model.network": "uvit", "model.heads": 2, "model.depth": 2},
+    "local": {"model.function": "local64"} | UNSET,
+}
+
+
+@pytest.mark.parametrize("network", RIVALS)
+@pytest.mark.parametrize("objective", ["ect", "sct"])
+def test_every_network_goes_through_the_same_task(tiny_task, random_params, batch, network, objective):
+    task = tiny_task(RIVALS[network] | (DERIVATIVES["sct"] if objective == "sct" else {}) | {"model.num_classes": 3})
+    params = random_params(task)
+    loss = lambda params: task.loss(params, {}, batch, jax.random.key(3), jnp.asarray(5))[0]  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    still = [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(gradient) if not x.any()]
+    assert np.isfinite(value) and not still
+    functions = jax.jit(functools.partial(task.sample, steps=2))(params, jax.random.key(0), jnp.arange(3))
+    labels, net = jnp.asarray([0, 1, 2]), task._net(params["generator"], training=False)
+    x, sigma = functions.native.noisy, jnp.full(3, 0.821)
+    f = consistency_function(net, x, sigma, labels, key=None, noise=task.noise, form=task.form)
+    np.testing.assert_allclose(render(functions, 8, 8), f, atol=2e-5)
+    assert render(functions, 20, 13).shape == (3, 20, 13, 1)
+
+
 def test_diffusion_samples_go_down_eighteen_levels(tiny_task, random_params):
     task = tiny_task({"objective": common.objective("edm"), "distance": "l2"})
     params, key = random_params(task), jax.random.key(0)
@@ -202,7 +227,16 @@ def test_lpips_without_its_weights_names_the_file(tiny_task, tmp_path):
         ({"preconditioning": "trig"}, "found preconditioning 'trig'"),
         ({"objective.name": "imm"}, "found objective 'imm'"),
         ({"time": "flow"}, "found time 'flow'"),
-        ({"model.preset": "XXL"}, "found preset 'XXL', expected one of .*'tiny'.*; change config.model.preset"),
+        ({"model.network": "vit"}, "found network 'vit', expected one of .'dit', 'function', 'uvit'"),
+        ({"model.network": "uvit", "model.qk_norm": True}, "found model.qk_norm with network 'uvit'"),
+        (
+            {"model.network": "dit", "task": "reconstruction"},
+            "found pre-training of network 'dit', expected 'function'",
+        ),
+        (
+            {"model.preset": "XXL"},
+            "found preset 'XXL' of network 'function', expected one of .*; change config.model.preset",
+        ),
         ({"model.function": "9x9"}, "found function preset '9x9'"),
         ({"model.groups": 5}, "found 5 groups for 16 columns"),
         ({"noise.sigma_min": 100.0}, "expected 0 < sigma_min < sigma_max"),

@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fid_imagegen.models.layers import XAVIER
+from fid_imagegen.models.layers import XAVIER, wide
 from fid_imagegen.models.wuerstchen.depthwise import DepthwiseConv
 
 IMAGE = ("batch", None, None, "features")
@@ -29,11 +29,6 @@ normal_init = nn.initializers.normal(0.02)
 def xavier_init(gain: float) -> nn.initializers.Initializer:
     """Xavier's uniform initialiser, its deviation multiplied by `gain`."""
     return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
-
-
-def wide(dtype: Any) -> Any:
-    """float32, or float64 where that is computed in."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def layer_norm(x: Array) -> Array:

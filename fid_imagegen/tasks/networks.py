@@ -1,0 +1,75 @@
+"""The network of a config: the generator of image functions, or one of its rivals of one fixed size."""
+
+import jax.numpy as jnp
+
+from fid_imagegen.models.dit import DITS, DiT
+from fid_imagegen.models.function_generator import PRESETS, FunctionGenerator, function_kind
+from fid_imagegen.models.uvit import UVITS, UViT
+
+FUNCTION_FIELDS = {
+    "function_width": "width",
+    "function_depth": "depth",
+    "function_features": "features",
+    "bands": "bands",
+    "groups": "groups",
+    "integrated": "integrated",
+}
+
+
+def build_generator(config):
+    """The network of `config.model` at `config.data`'s size: model(x_BHWC, levels_BK, label_B, deterministic=).
+
+    Fields left None take the preset's value. ValueError names what is unknown or does not fit.
+    """
+    network = config.model.network
+    if network not in NETWORKS:
+        raise ValueError(f"found network {network!r}, expected one of {sorted(NETWORKS)}; change config.model.network")
+    return NETWORKS[network](config)
+
+
+def _function(config) -> FunctionGenerator:
+    model, sizes = config.model, _sizes(config.model, PRESETS)
+    kind = function_kind(
+        sizes.pop("function"),
+        channels=config.data.channels,
+        image_size=config.data.image_size,
+        patch=model.patch,
+        cutoff=model.cutoff,
+        activation=model.activation,
+        weight_update=model.weight_update,
+        dtype=model.dtype,
+        **{name: model[field] for field, name in FUNCTION_FIELDS.items() if model[field] is not None},
+    )
+    return FunctionGenerator(
+        kind=kind, image_size=config.data.image_size, **sizes, **_common(model), qk_norm=model.qk_norm
+    )
+
+
+def _dit(config) -> DiT:
+    model = config.model
+    return DiT(channels=config.data.channels, **_sizes(model, DITS), **_common(model), qk_norm=model.qk_norm)
+
+
+def _uvit(config) -> UViT:
+    if config.model.qk_norm:
+        raise ValueError("found model.qk_norm with network 'uvit', which has none; set config.model.qk_norm=False")
+    size = (config.data.image_size, config.data.image_size)
+    return UViT(size, channels=config.data.channels, **_sizes(config.model, UVITS), **_common(config.model))
+
+
+def _sizes(model, presets: dict) -> dict:
+    """The preset's fields, those that the config gives in their places."""
+    if model.preset not in presets:
+        raise ValueError(
+            f"found preset {model.preset!r} of network {model.network!r}, expected one of {sorted(presets)}; "
+            "change config.model.preset"
+        )
+    return {name: value if model[name] is None else model[name] for name, value in presets[model.preset].items()}
+
+
+def _common(model) -> dict:
+    fields = ("patch", "num_classes", "level_scale", "dropout", "remat", "unroll")
+    return {name: model[name] for name in fields} | {"dtype": jnp.dtype(model.dtype)}
+
+
+NETWORKS = {"dit": _dit, "function": _function, "uvit": _uvit}
