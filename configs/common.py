@@ -94,8 +94,10 @@ def base() -> ConfigDict:
     """Every key of an image-function generator's config, with the values the CIFAR-10-sized one starts from."""
     config = training("consistency")
     config.model = ConfigDict()
-    config.model.network = "function"  # of one fixed size: dit, uvit
-    config.model.preset = "tiny"  # tiny, S, B, L; dit: XL too; uvit: M for B
+    config.model.network = "function"  # of one fixed size: dit, unet, uvit
+    config.model.preset = (
+        "tiny"  # tiny, S, B, L; dit: XL too; uvit: M for B; unet: ddpmpp_32, ddpmpp_64, ncsnpp_32, adm_64
+    )
     config.model.patch = 2
     config.model.width = config_dict.placeholder(int)
     config.model.heads = config_dict.placeholder(int)
@@ -117,6 +119,10 @@ def base() -> ConfigDict:
     config.model.cutoff = "nyquist"  # or cycles per image, e.g. "1024" as the papers
     config.model.integrated = config_dict.placeholder(bool)  # waves averaged over a pixel's footprint
     config.model.level_scale = 1000.0
+    config.model.unet = ConfigDict({"stem": config_dict.placeholder(int), "blocks": config_dict.placeholder(int)})
+    config.model.unet.update({name: config_dict.placeholder(tuple) for name in ("widths", "attention_levels")})
+    config.model.unet.update({name: config_dict.placeholder(int) for name in ("head_width", "groups")})
+    config.model.unet.fourier_scale = config_dict.placeholder(float)  # ncsnpp: 16; 0.02 for sct and meanflow
     config.model.num_classes = 0  # 0: unconditional
     config.model.dropout = 0.0
     config.model.qk_norm = False  # of queries and keys, for objectives that differentiate in the level

@@ -1,6 +1,7 @@
 """Training a generator by an objective of the consistency family, or by plain diffusion."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,13 @@ class ConsistencyTask:
                 f"found distance {config.distance!r} for objective {name!r}, expected one of {sorted(known)}; "
                 "change config.distance"
             )
-        if self.objective.differentiates_level and config.model.level_scale > STEEPEST_LEVEL:
+        fourier = getattr(self.model, "fourier_scale", None)
+        steepness = 2 * math.pi * fourier if fourier else self.model.level_scale
+        if self.objective.differentiates_level and steepness > STEEPEST_LEVEL:
             raise ValueError(
-                f"found model.level_scale {config.model.level_scale} for objective {name!r}, which differentiates in the noise "
-                f"level, expected at most {STEEPEST_LEVEL}; set config.model.level_scale=1"
+                f"found a level embedding of {steepness:.0f} radians a unit for objective {name!r}, which differentiates in the "
+                f"noise level, expected at most {STEEPEST_LEVEL:.0f}; set config.model.level_scale=1, or "
+                "config.model.unet.fourier_scale=0.02"
             )
 
     def _objective(self, distance):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from fid_imagegen.models.dit import DITS, DiT
 from fid_imagegen.models.function_generator import PRESETS, FunctionGenerator, function_kind
+from fid_imagegen.models.unets.presets import UNETS, build_unet
 from fid_imagegen.models.uvit import UVITS, UViT
 
 FUNCTION_FIELDS = {
@@ -57,6 +58,19 @@ def _uvit(config) -> UViT:
     return UViT(size, channels=config.data.channels, **_sizes(config.model, UVITS), **_common(config.model))
 
 
+def _unet(config):
+    model = config.model
+    if model.qk_norm:
+        raise ValueError("found model.qk_norm with network 'unet', which has none; set config.model.qk_norm=False")
+    fields = {name: model[name] for name in ("num_classes", "dropout", "remat")} | {"dtype": jnp.dtype(model.dtype)}
+    if UNETS.get(model.preset, {}).get("architecture") == "adm":  # the others' embeddings have scales of their own
+        fields["level_scale"] = model.level_scale
+    for name, value in model.unet.items():
+        if value is not None:
+            fields[name] = tuple(value) if isinstance(value, (list, tuple)) else value
+    return build_unet(model.preset, channels=config.data.channels, **fields)
+
+
 def _sizes(model, presets: dict) -> dict:
     """The preset's fields, those that the config gives in their places."""
     if model.preset not in presets:
@@ -72,4 +86,4 @@ def _common(model) -> dict:
     return {name: model[name] for name in fields} | {"dtype": jnp.dtype(model.dtype)}
 
 
-NETWORKS = {"dit": _dit, "function": _function, "uvit": _uvit}
+NETWORKS = {"dit": _dit, "function": _function, "unet": _unet, "uvit": _uvit}

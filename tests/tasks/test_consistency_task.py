@@ -103,6 +103,15 @@ def test_derivatives_go_through_the_generator(tiny_task, random_params, batch, n
 UNSET = {f"model.{name}": None for name in ("function_width", "function_depth", "bands", "groups")}
 RIVALS = {
     "dit": {"model.network": "dit", "model.heads": 2, "model.depth": 2, "model.qk_norm": True},
+    "unet": {
+        "model.network": "unet",
+        "model.preset": "ncsnpp_32",
+        "model.unet.stem": 8,
+        "model.unet.blocks": 1,
+        "model.unet.widths": (8, 12),
+        "model.unet.attention_levels": (1,),
+        "model.unet.fourier_scale": 0.02,
+    },
     "uvit": {"model.network": "uvit", "model.heads": 2, "model.depth": 2},
     "local": {"model.function": "local64"} | UNSET,
 }
@@ -221,13 +230,22 @@ def test_lpips_without_its_weights_names_the_file(tiny_task, tmp_path):
         ),
         (
             DERIVATIVES["sct"] | {"model.level_scale": 1e3},
-            "found model.level_scale 1000.0 .* set config.model.level_scale=1",
+            "found a level embedding of 1000 radians .*model.level_scale=1",
         ),
         (DERIVATIVES["meanflow"] | {"preconditioning": "edm"}, "set config.preconditioning='mean_flow'"),
         ({"preconditioning": "trig"}, "found preconditioning 'trig'"),
         ({"objective.name": "imm"}, "found objective 'imm'"),
         ({"time": "flow"}, "found time 'flow'"),
-        ({"model.network": "vit"}, "found network 'vit', expected one of .'dit', 'function', 'uvit'"),
+        ({"model.network": "vit"}, "found network 'vit', expected one of .'dit', 'function', 'unet', 'uvit'"),
+        ({"model.network": "unet"}, "found U-Net 'tiny', expected one of .*'adm_64'"),
+        (
+            {"model.network": "unet", "model.preset": "ncsnpp_32", "model.unet.groups": 3},
+            "found groups for U-Net 'ncsnpp_32', which has none",
+        ),
+        (
+            DERIVATIVES["sct"] | {"model.network": "unet", "model.preset": "ncsnpp_32"},
+            "found a level embedding of 101 radians .*fourier_scale=0.02",
+        ),
         ({"model.network": "uvit", "model.qk_norm": True}, "found model.qk_norm with network 'uvit'"),
         (
             {"model.network": "dit", "task": "reconstruction"},

@@ -1,0 +1,104 @@
+"""Scores every work unit of a study and sets its arms side by side.
+
+    python -m benchmarks.study --experiment runs/generators [--features pixels]
+
+An arm is all work units that differ in nothing but `seed`. Of each: the Fréchet distance of samples to held-out images on named
+features, and for digits the share that a judge is sure of. Two arms whose means are closer than the larger of their seeds'
+spreads are undecided. Writes EXPERIMENT/study.json and a plot, study.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fid_imagegen.data import sources
+from fid_imagegen.evaluation.digits import DigitJudge
+from fid_imagegen.evaluation.features import FEATURES
+from fid_imagegen.evaluation.generation import frechet_report, native_samples
+from fid_imagegen.pipelines import ImageFunctionPipeline
+
+JUDGED = 1000
+
+
+def score(folder: Path, extract, *, steps: int | None) -> dict[str, float]:
+    """{"frechet", and of digits "judged"} of one work unit."""
+    pipe = ImageFunctionPipeline.from_pretrained(folder)
+    data = pipe.config.data
+    num = len(sources.make_source(data, held_out=True))
+    found = {"frechet": frechet_report(pipe, extract, num=num, steps=steps)["samples"]}
+    if data.source == "digits":
+        found["judged"] = DigitJudge(data).judge(native_samples(pipe, JUDGED, steps=steps))["confident"]
+    return found
+
+
+def arms(units: list[dict]) -> dict[str, list[dict]]:
+    """{an arm's overrides but for the seed: its units}."""
+    grouped = {}
+    for unit in units:
+        overrides = {key: value for key, value in unit["overrides"].items() if key != "seed"}
+        grouped.setdefault(json.dumps(overrides), []).append(unit)
+    return grouped
+
+
+def summary(units: list[dict], metric: str) -> dict[str, float]:
+    """Mean over seeds, and their spread, largest less smallest."""
+    values = [unit[metric] for unit in units]
+    return {"mean": float(np.mean(values)), "spread": float(np.ptp(values)), "seeds": len(values)}
+
+
+def decided(one: dict, other: dict) -> bool:
+    """Whether two summaries differ by more than their seeds do."""
+    return abs(one["mean"] - other["mean"]) > max(one["spread"], other["spread"])
+
+
+def plot(table: dict[str, dict], metric: str, path: Path) -> None:
+    """One line an arm: its seeds' mean and spread."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(table) + 1), layout="constrained")
+    rows = range(len(table))
+    means, spreads = ([arm[metric][key] for arm in table.values()] for key in ("mean", "spread"))
+    axes.errorbar(means, rows, xerr=np.asarray(spreads) / 2, fmt="o", capsize=4)
+    axes.set_yticks(rows, [_short(name) for name in table])
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _short(name: str) -> str:
+    values = json.loads(name)
+    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in values.items())[:60]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", type=Path, required=True, help="ROOT/EXPERIMENT of launch.run")
+    parser.add_argument("--features", default="pixels", choices=sorted(FEATURES))
+    parser.add_argument("--weights", help="of the features, where they need any")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the objective's")
+    args = parser.parse_args()
+    extract = FEATURES[args.features](*([args.weights] if args.weights else []))
+    units = []
+    for path in sorted(args.experiment.glob("*/manifest.json")):
+        found = score(path.parent, extract, steps=args.steps)
+        units.append({"unit": path.parent.name, "overrides": json.loads(path.read_text())["overrides"], **found})
+        print(path.parent.name, found, flush=True)
+    metrics = [metric for metric in ("frechet", "judged") if metric in units[0]]
+    table = {name: {metric: summary(group, metric) for metric in metrics} for name, group in arms(units).items()}
+    best = min(table, key=lambda name: table[name]["frechet"]["mean"])
+    for name, found in table.items():
+        found["against_best"] = "decided" if decided(found["frechet"], table[best]["frechet"]) else "undecided"
+        print(_short(name), json.dumps(found))
+    report = {"features": args.features, "steps": args.steps, "arms": table, "units": units}
+    (args.experiment / "study.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(table, "frechet", args.experiment / "study.png")
+
+
+if __name__ == "__main__":
+    main()

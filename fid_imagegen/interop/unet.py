@@ -1,0 +1,54 @@
+"""diffusers' UNet2DModel (the public consistency models) <-> params of `models.unets.adm`.
+
+Of its configurations those of ADM: `resnet_time_scale_shift="scale_shift"`, `downsample_type="resnet"` and
+`upsample_type="resnet"`. Its timesteps are 1000 * ln(sigma) / 4: the level that `ADM` takes, times its `level_scale`.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fid_imagegen.interop.state_dict import LEAVES, convert_state_dict, named_tensors, read_state_dict
+from fid_imagegen.models.unets.adm import ADM
+
+REMEDY = (
+    "download the folder unet of openai/diffusers-cd_imagenet64_l2 and give its diffusion_pytorch_model.safetensors"
+)
+
+
+def load_unet(model: ADM, path: str | Path) -> dict:
+    """The model's params in float32 from diffusers' weights (.safetensors, .npz, or .pt).
+
+    Raises FileNotFoundError naming the file, ValueError listing tensors that do not fit.
+    """
+    return from_state_dict(model, read_state_dict(path, "a UNet2DModel of diffusers", REMEDY), str(path))
+
+
+def from_state_dict(model: ADM, tensors: Mapping[str, np.ndarray], source: str) -> dict:
+    """As `load_unet`, from tensors by name."""
+    return convert_state_dict(tensors, abstract_params(model), torch_name, source)
+
+
+def to_state_dict(params: Mapping) -> dict[str, np.ndarray]:
+    """Tensors in PyTorch's layout under diffusers' names, which `load_state_dict` there takes strictly."""
+    return {name: np.ascontiguousarray(leaf) for name, leaf in named_tensors(params, torch_name).items()}
+
+
+def abstract_params(model: ADM) -> dict:
+    """Shapes and types of the model's params; no memory is taken."""
+    side = 2 ** (len(model.widths) - 1)
+    image = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
+    level, label = jax.ShapeDtypeStruct((1, 1), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), image, level, label)["params"]
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """("down_blocks_0", "resnets_1", "norm1", "scale") -> "down_blocks.0.resnets.1.norm1.weight"."""
+    *modules, leaf = path
+    # linear_1 and linear_2 are names there, not positions in a list.
+    numbered = [re.sub(r"(?<!^linear)_(\d+)$", r".\1", module) for module in modules]
+    return ".".join([*numbered, (LEAVES | {"embedding": "weight"})[leaf]])

@@ -1,0 +1,1 @@
+"""Fixed-resolution generators on U-Nets: the rivals of the image functions."""
