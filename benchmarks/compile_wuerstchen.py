@@ -26,7 +26,7 @@ from jax.experimental import topologies  # noqa: E402
 from fid_imagegen import command, tasks  # noqa: E402
 from fid_imagegen.parallel import mesh as meshes  # noqa: E402
 from fid_imagegen.parallel import sharding  # noqa: E402
-from fid_imagegen.training import optimizer, state  # noqa: E402
+from fid_imagegen.training import ema, optimizer, state  # noqa: E402
 
 GIB = 2**30
 HBM = {"TPU v5": 95 * GIB, "TPU v5 lite": 16 * GIB, "TPU v6 lite": 32 * GIB}  # of a device, by its kind
@@ -53,7 +53,7 @@ def lower(config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     task = tasks.build(config)
     optimizers = optimizer.build_all(config, task.trained)
     key = jax.eval_shape(lambda: jax.random.key(config.seed))
-    abstract = jax.eval_shape(lambda key: state.create(task, optimizers, config.ema_decays, key), key)
+    abstract = jax.eval_shape(lambda key: state.create(task, optimizers, ema.averages(config), key), key)
     shardings = sharding.resolve(config.sharding.rules, abstract, mesh, min_size=config.sharding.min_size)
     rows = meshes.batch_sharding(mesh)
     step = state.compile_step(task, optimizers, config, mesh, shardings, rows)

@@ -76,6 +76,10 @@ def training(task: str) -> ConfigDict:
     config.data.features = ""  # of Stage C: a folder of `python -m fid_imagegen.features`, read in place of pictures
 
     config.ema_decays = (0.9999,)  # evaluation EMAs; samples use the last
+    # Power averages of these relative widths (EDM2), such as (0.05, 0.1), saved every so many steps into WORKDIR/snapshots:
+    # `python -m fid_imagegen.average --runs WORKDIR --width 0.08` makes any other of them. 0: none are saved.
+    config.ema_widths = ()
+    config.ema_snapshots = 0
     # GROUP: the run or exported folder that the group comes from; ./ is in the work directory, ../ beside it.
     config.init = ConfigDict()
     config.optimizers = ConfigDict()  # one a trained group

@@ -65,7 +65,7 @@ class RenderableFunctions:
     def save(self, path: str | Path) -> None:
         """Writes the functions to one safetensors file that renders without the generator."""
         functions = self.functions
-        tree = {"shared": functions.shared, "per_image": functions.per_image}
+        tree = {"per_image": functions.per_image} | ({"shared": functions.shared} if functions.shared else {})
         if functions.native is not None:
             tree["native"] = {name: getattr(functions.native, name) for name in ("noisy", "skip", "out")}
         metadata = {name: str(value) for name, value in dataclasses.asdict(functions.kind).items()}

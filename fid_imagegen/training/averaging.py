@@ -1,4 +1,4 @@
-"""The weighted average of runs of one architecture."""
+"""Weighted averages of parameters: over runs of one architecture, and over the snapshots of one run."""
 
 import hashlib
 import shutil
@@ -10,8 +10,12 @@ import jax
 import numpy as np
 
 from fid_imagegen.interop.public_wuerstchen import TEXT_FILE
-from fid_imagegen.training.runs import TOKENIZER, read_params, whole_folder, write_params
+from fid_imagegen.interop.safetensors_io import load_tree, save_tree
+from fid_imagegen.parallel import mesh as meshes
+from fid_imagegen.training import ema
+from fid_imagegen.training.runs import TOKENIZER, read_config, read_params, whole_folder, write_params
 
+SNAPSHOTS = "snapshots"
 BESIDE = (TOKENIZER, TEXT_FILE)
 
 
@@ -31,9 +35,49 @@ def average(runs: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     mean = jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), mean, trees[-1])
     with whole_folder(out) as folder:
         write_params(folder, config, mean)
-        for name in BESIDE:
-            if (runs[-1] / name).exists():
-                shutil.copyfile(runs[-1] / name, folder / name)
+        _copy_beside(runs[-1], folder)
+
+
+def save_snapshot(run, step: int, state) -> None:
+    """Writes a run's power averages of this step, whole or not at all."""
+    names = [ema.width_name(width) for width in run.config.ema_widths]
+    gather = jax.jit(lambda tree: tree, out_shardings=meshes.replicated(run.mesh))
+    tree = gather({name: state.ema[name] for name in names} | {"model_state": state.model_state})
+    if jax.process_index() == 0:
+        folder = run.workdir / SNAPSHOTS
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: jax.tree.map(np.asarray, groups) for name, groups in tree.items() if groups}
+        save_tree(folder / f"{step:09d}.safetensors", kept, {"format": "fid_imagegen.snapshot.1"})
+
+
+def average_of_width(run: Path, width: float, out: Path) -> None:
+    """Writes the power average of `width` at the run's last snapshot, found from all its snapshots; statistics are the last's.
+
+    Raises FileNotFoundError where there are none, ValueError for a width that cannot be.
+    """
+    files = sorted((run / SNAPSHOTS).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(
+            f"found no snapshots in {run}, expected some; train with config.ema_widths=(0.05, 0.1) and config.ema_snapshots=1000"
+        )
+    config = read_config(run)
+    parts = [(file, each) for file in files for each in config.ema_widths]
+    weights = ema.combination([(int(file.stem), each) for file, each in parts], (int(files[-1].stem), width))
+    total = None
+    for (file, each), weight in zip(parts, weights, strict=True):  # one snapshot in memory at a time
+        tree, _ = load_tree(file)
+        part = jax.tree.map(lambda leaf, w=weight: w * leaf.astype(np.float64), tree[ema.width_name(each)])
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    groups = jax.tree.map(lambda leaf: leaf.astype(np.float32), total) | tree.get("model_state", {})
+    with whole_folder(out) as folder:
+        write_params(folder, config, groups)
+        _copy_beside(run, folder)
+
+
+def _copy_beside(run: Path, folder: Path) -> None:
+    for name in BESIDE:
+        if (run / name).exists():
+            shutil.copyfile(run / name, folder / name)
 
 
 def _same(runs: Sequence[Path]) -> tuple[Any, list[dict]]:

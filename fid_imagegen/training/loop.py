@@ -27,6 +27,7 @@ from fid_imagegen.parallel import mesh as meshes
 from fid_imagegen.parallel import sharding
 from fid_imagegen.tasks import text
 from fid_imagegen.training import ema, optimizer, runs, state, warm_start, writers
+from fid_imagegen.training.averaging import save_snapshot
 from fid_imagegen.training.checkpoint import Checkpoints
 from fid_imagegen.training.features import feature_key
 from fid_imagegen.training.preemption import Preemption
@@ -94,8 +95,8 @@ class Run:
         self.features, self.idle = None, {}  # idle: frozen groups that no step needs, on the host
         if self.config.data.features:
             self._use_features()
-        decays = self.config.ema_decays
-        self.abstract = jax.eval_shape(lambda key: state.create(self.task, self.optimizers, decays, key), self.key)
+        averages = ema.averages(self.config)
+        self.abstract = jax.eval_shape(lambda key: state.create(self.task, self.optimizers, averages, key), self.key)
         self.shardings = sharding.resolve(
             self.config.sharding.rules, self.abstract, self.mesh, min_size=self.config.sharding.min_size
         )
@@ -147,7 +148,7 @@ class Run:
         params, model_state = ({name: groups[name] for name in part} for part in made)
         build = jax.jit(
             lambda params, model_state: state.from_params(
-                self.task, self.optimizers, self.config.ema_decays, params, model_state
+                self.task, self.optimizers, ema.averages(self.config), params, model_state
             ),
             out_shardings=self.shardings,
         )
@@ -223,6 +224,9 @@ def train(config, workdir: epath.PathLike, *, evaluators: tuple[Evaluator, ...] 
                     writer.write_images(step, _sheets(preview(groups, examples)))
                     for evaluate in evaluators:
                         meter.extra |= evaluate(run.task, groups)
+                if step > start and config.ema_snapshots and step % config.ema_snapshots == 0:
+                    meter.settle(step)
+                    save_snapshot(run, step, current)
                 if step > start and (step % config.checkpoint.every == 0 or last):
                     meter.settle(step)
                     writer.flush()

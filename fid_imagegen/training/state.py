@@ -18,7 +18,7 @@ from fid_imagegen.training import ema
 class TrainState:
     """All that a step changes. Checkpoints hold it whole.
 
-    step: updates done. params: trained groups. tracked: groups that follow trained ones (targets). ema: per decay, averages
+    step: updates done. params: trained groups. tracked: groups that follow trained ones (targets). ema: by name, averages
     of all trained groups for evaluation. opt_state: per group. model_state: statistics that are not trained.
     """
 
@@ -30,20 +30,20 @@ class TrainState:
     model_state: dict[str, Any]
 
 
-def create(task, optimizers: dict[str, optax.GradientTransformation], ema_decays, key) -> TrainState:
+def create(task, optimizers: dict[str, optax.GradientTransformation], averages, key) -> TrainState:
     """The state before the first step; tracked groups and EMAs start as copies of the parameters."""
     params, model_state = task.init(key)
-    return from_params(task, optimizers, ema_decays, params, model_state)
+    return from_params(task, optimizers, averages, params, model_state)
 
 
-def from_params(task, optimizers, ema_decays, params, model_state) -> TrainState:
-    """The state of step 0 for given parameters."""
+def from_params(task, optimizers, averages, params, model_state) -> TrainState:
+    """The state of step 0 for given parameters; averages: the names of `ema.averages`."""
     copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731  donated buffers must not be shared
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         tracked={name: copy(params[group]) for name, (group, _) in task.tracked.items()},
-        ema={ema.name(decay): copy(params) for decay in ema_decays},
+        ema={name: copy(params) for name in averages},
         opt_state={group: tx.init(params[group]) for group, tx in optimizers.items()},
         model_state=model_state,
     )
@@ -51,6 +51,8 @@ def from_params(task, optimizers, ema_decays, params, model_state) -> TrainState
 
 def make_step(task, optimizers, config):
     """step(state, frozen, batch, key) -> (state, metrics). The key of a step is fold_in(key, step): resuming needs no history."""
+
+    averages = ema.averages(config)
 
     def gradients(state, frozen, batch, key):
         def loss(params):
@@ -66,7 +68,6 @@ def make_step(task, optimizers, config):
         for group, tx in optimizers.items():
             updates, opt_state[group] = tx.update(grads[group], state.opt_state[group], state.params[group])
             params[group] = optax.apply_updates(state.params[group], updates)
-        decays = {decay: ema.warm_decay(decay, state.step) for decay in config.ema_decays}
         metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads)}
         # The new parameters count too: an update that overflows shows in no loss before the next step, after a checkpoint.
         norms = [metrics["loss"], metrics["gradient_norm"], optax.global_norm(params)]
@@ -78,7 +79,7 @@ def make_step(task, optimizers, config):
                 name: ema.update(state.tracked[name], params[group], decay(state.step))
                 for name, (group, decay) in task.tracked.items()
             },
-            ema={ema.name(d): ema.update(state.ema[ema.name(d)], params, warm) for d, warm in decays.items()},
+            ema={name: ema.update(state.ema[name], params, decay(state.step)) for name, decay in averages.items()},
             opt_state=opt_state,
             model_state=model_state,
         )

@@ -92,7 +92,7 @@ def test_averages_targets_and_optimizer_states_lie_like_their_parameters(tiny, m
     config = tiny()
     task = tasks.build(config)
     optimizers = optimizer.build_all(config, task.trained)
-    abstract = jax.eval_shape(lambda key: state.create(task, optimizers, (0.9, 0.99), key), jax.random.key(0))
+    abstract = jax.eval_shape(lambda key: state.create(task, optimizers, ("0.9", "0.99"), key), jax.random.key(0))
     shardings = resolve(config.sharding.rules, abstract, mesh, min_size=0)
 
     def flat(tree):
