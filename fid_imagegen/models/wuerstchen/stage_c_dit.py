@@ -2,7 +2,8 @@
 
 DiT (Peebles & Xie 2023, arXiv 2212.09748) with cross-attention to the text between attention and MLP as in PixArt (Chen et
 al. 2024, arXiv 2310.00426), normalised queries and keys (Dehghani et al. 2023, arXiv 2302.05442) and rotary positions (Su et
-al. 2021, arXiv 2104.09864) over rows and columns, so that any height and width will do.
+al. 2021, arXiv 2104.09864) over rows and columns, so that any height and width will do. Rotations say where tokens stand to
+each other only: fixed positions, as DiT's, say where in the picture ("at the top"), which Stage C's padding tells a ConvNet.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fid_imagegen.models.layers import TOKENS, XAVIER, FeedForward, LevelEmbedding
+from fid_imagegen.models.layers import TOKENS, XAVIER, FeedForward, LevelEmbedding, sin_cos_positions
 from fid_imagegen.models.wuerstchen.blocks import (
     HEADS,
     Image,
@@ -126,7 +127,9 @@ class StageCTransformer(nn.Module):
                 f"found width {self.width} with {self.heads} heads, expected a multiple; change width or heads"
             )
         dense = lambda: nn.Dense(self.width, kernel_init=normal_init, dtype=self.dtype)  # noqa: E731
-        self.projection, self.text_in, self.text_out = dense(), dense(), dense()
+        # As large as the positions that are added to it.
+        self.projection = nn.Dense(self.width, kernel_init=XAVIER, dtype=self.dtype)
+        self.text_in, self.text_out = dense(), dense()
         self.level = LevelEmbedding(self.width, dtype=self.dtype)
         block = nn.remat(TransformerBlock, prevent_cse=False, static_argnums=(5,)) if self.remat else TransformerBlock
         scan = {
@@ -155,6 +158,7 @@ class StageCTransformer(nn.Module):
         height, width = x_BHWC.shape[1:3]
         level = self.level(r_B[:, None])
         h = self.projection(rearrange(x_BHWC, "b h w c -> b (h w) c"))
+        h = h + sin_cos_positions(height, width, self.width).astype(self.dtype)
         angles = rotary_angles(height, width, self.width // self.heads)
         h, _ = self.blocks(h, level, angles, cond, deterministic)
         shift, scale = jnp.split(self.modulation(nn.silu(level))[:, None], 2, axis=-1)

@@ -87,6 +87,9 @@ def test_positions_levels_and_text_all_count(params, inputs):
     assert np.abs(run(params, (x, r_B, text[::-1]))[0] - a).max() > 1e-2
     turned = run(params, (jnp.swapaxes(x, 1, 2), r_B, text))[0]
     assert np.abs(jnp.swapaxes(turned, 1, 2) - a).max() > 1e-2  # rows are not columns
+    # Of a picture that is the same everywhere the outputs differ: rotations alone know distances, not places.
+    flat = run(params, (jnp.ones_like(x), r_B, text))[0]
+    assert np.abs(flat - flat[:, :1, :1]).max(axis=(0, 3))[1:, 1:].min() > 1e-2
     one = run(params, (x[1:], r_B[1:], text[1:]))[0]
     np.testing.assert_allclose(one, a[1:], rtol=1e-4, atol=1e-4)
     low = run(params, inputs, dtype=jnp.bfloat16)[0]
