@@ -18,6 +18,9 @@ SIZES = flags.DEFINE_list("sizes", None, "render sizes, HEIGHTxWIDTH or one numb
 STEPS = flags.DEFINE_integer("steps", None, "sampling steps; default: 1, for a diffusion model 18")
 SEED = flags.DEFINE_integer("seed", 0, "function i depends on (seed, i) alone")
 LABEL = flags.DEFINE_integer("label", None, "one class for all, where the generator has classes")
+GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "scale of classifier-free guidance, where labels were dropped in training"
+)
 OUT = flags.DEFINE_string("out", None, "where to write; default: WORKDIR/samples/seed_SEED")
 ON_SHEET = 16
 
@@ -66,7 +69,8 @@ def main(argv):
     else:
         pipe = ImageFunctionPipeline.from_pretrained(WORKDIR.value)
         labels = None if LABEL.value is None else [LABEL.value] * NUM.value
-        functions = pipe.generate(NUM.value, seed=SEED.value, steps=STEPS.value, labels=labels)
+        asked = {"seed": SEED.value, "steps": STEPS.value, "labels": labels, "guidance": GUIDANCE.value}
+        functions = pipe.generate(NUM.value, **asked)
         default_out = Path(WORKDIR.value) / "samples" / f"seed_{SEED.value}"
     out = Path(OUT.value) if OUT.value else default_out
     write(functions, sizes or [functions.functions.grid], out)

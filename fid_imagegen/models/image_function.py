@@ -199,6 +199,27 @@ class PixelGrid:
         return resample(per_image["pixels"][None], coords_N2, cell_2)[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Guided:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) of two functions: null + scale (labelled - null)."""
+
+    kind: CoordinateMLP | LocalMLP | PixelGrid
+
+    @property
+    def channels(self) -> int:
+        """Values per coordinate."""
+        return self.kind.channels
+
+    def evaluate(
+        self, shared: dict, per_image: dict, coords_N2: Float[Array, "coordinates 2"], cell_2: Float[Array, "2"]
+    ) -> Float[Array, "coordinates channels"]:
+        """Values of one image, per_image {"labelled", "null": what `kind` has, "scale": []}."""
+        labelled, null = (
+            self.kind.evaluate(shared, per_image[name], coords_N2, cell_2) for name in ("labelled", "null")
+        )
+        return null + per_image["scale"] * (labelled - null)
+
+
 FUNCTION_PRESETS = {
     "5x256": {"width": 256, "depth": 5, "bands": 64, "groups": 64},  # faithful: TransINR's size
     "5x128": {"width": 128, "depth": 5, "bands": 64, "groups": 64},
@@ -222,7 +243,7 @@ class NativeTerm:
 class ImageFunctions:
     """A batch of image functions. `grid` is the (height, width) they were trained at."""
 
-    kind: CoordinateMLP | LocalMLP | PixelGrid = flax.struct.field(pytree_node=False)
+    kind: CoordinateMLP | LocalMLP | PixelGrid | Guided = flax.struct.field(pytree_node=False)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     shared: Any = None
     per_image: Any = None

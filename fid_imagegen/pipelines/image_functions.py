@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from fid_imagegen import tasks
 from fid_imagegen.interop.safetensors_io import load_tree, save_tree
 from fid_imagegen.models import rendering
-from fid_imagegen.models.image_function import CoordinateMLP, ImageFunctions, NativeTerm, PixelGrid
+from fid_imagegen.models.image_function import CoordinateMLP, Guided, ImageFunctions, NativeTerm, PixelGrid
 from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.pipelines.edits import projection
 from fid_imagegen.tasks.generator import to_float
@@ -64,16 +64,15 @@ class RenderableFunctions:
 
     def save(self, path: str | Path) -> None:
         """Writes the functions to one safetensors file that renders without the generator."""
-        functions = self.functions
+        functions, kind = self.functions, self.functions.kind
+        metadata = {"guided": str(isinstance(kind, Guided))}
+        kind = kind.kind if isinstance(kind, Guided) else kind
         tree = {"per_image": functions.per_image} | ({"shared": functions.shared} if functions.shared else {})
         if functions.native is not None:
             tree["native"] = {name: getattr(functions.native, name) for name in ("noisy", "skip", "out")}
-        metadata = {name: str(value) for name, value in dataclasses.asdict(functions.kind).items()}
-        metadata |= {
-            "kind": type(functions.kind).__name__,
-            "format": "fid_imagegen.image_functions.1",
-            "grid": f"{functions.grid[0]}x{functions.grid[1]}",
-        }
+        metadata |= {name: str(value) for name, value in dataclasses.asdict(kind).items()}
+        metadata |= {"format": "fid_imagegen.image_functions.1", "kind": type(kind).__name__}
+        metadata["grid"] = "x".join(map(str, functions.grid))
         save_tree(path, jax.tree.map(np.asarray, tree), metadata)
 
     @classmethod
@@ -86,11 +85,12 @@ class RenderableFunctions:
             )
         kind = KINDS[metadata.get("kind", "CoordinateMLP")]
         fields = {field.name: READ[field.type](metadata[field.name]) for field in dataclasses.fields(kind)}
+        made = kind(**fields)
         height, width = map(int, metadata["grid"].split("x"))
         native = NativeTerm(**tree["native"]) if "native" in tree else None
         return cls(
             ImageFunctions(
-                kind=kind(**fields),
+                kind=Guided(made) if metadata.get("guided") == "True" else made,
                 grid=(height, width),
                 shared=tree.get("shared", {}),
                 per_image=tree["per_image"],
@@ -125,11 +125,14 @@ class ImageFunctionPipeline:
     def _sample(self):
         return jax.jit(self.task.sample, static_argnames="steps")
 
-    def generate(self, num: int, seed: int = 0, steps: int | None = None, labels=None) -> RenderableFunctions:
+    def generate(
+        self, num: int, seed: int = 0, steps: int | None = None, labels=None, guidance: float | None = None
+    ) -> RenderableFunctions:
         """`num` image functions. Function i depends on (seed, i) alone: generating more repeats the first ones.
 
         steps: of the sampler; default: 1, for a diffusion model 18 of Heun. labels: one class an image where the generator has
-        classes (default: all in turn). Raises ValueError for counts below 1, wrong labels, and generators that cannot sample.
+        classes (default: all in turn). guidance: scale of classifier-free guidance, where labels were dropped in training; it
+        takes two evaluations a step. Raises ValueError for counts below 1, wrong labels, and what a generator cannot do.
         """
         if not 1 <= num <= MAX_NUM:
             raise ValueError(f"found num={num}, expected 1 to {MAX_NUM:,}")
@@ -139,7 +142,8 @@ class ImageFunctionPipeline:
         for start in range(0, num, batch):
             index = np.arange(start, start + batch)
             chosen = None if labels is None else jnp.asarray(labels[np.minimum(index, num - 1)])
-            made = self._sample(self.params, jax.random.key(seed), jnp.asarray(index), steps=steps, label_B=chosen)
+            asked = {"steps": steps, "label_B": chosen, "guidance": guidance}
+            made = self._sample(self.params, jax.random.key(seed), jnp.asarray(index), **asked)
             parts.append(made)
         return RenderableFunctions(_concatenate(parts, num))
 

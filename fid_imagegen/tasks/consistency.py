@@ -14,7 +14,7 @@ from fid_imagegen.diffusion.preconditioning import consistency_function, per_ima
 from fid_imagegen.diffusion.samplers import SAMPLERS
 from fid_imagegen.interop.lpips import load_lpips
 from fid_imagegen.models.features.lpips import lpips_distance
-from fid_imagegen.models.image_function import ImageFunctions, NativeTerm
+from fid_imagegen.models.image_function import Guided, ImageFunctions, NativeTerm
 from fid_imagegen.tasks.generator import (
     generator_net,
     image_functions,
@@ -42,6 +42,10 @@ class ConsistencyTask:
         # The objective is built once here so that a config's mistakes show at once; LPIPS binds its weights per call.
         self.objective = self._objective(lambda a, b: jnp.zeros(a.shape[0]))
         self._check(config)
+        if config.label_dropped and not config.model.num_classes:
+            raise ValueError(
+                f"found label_dropped {config.label_dropped} for a model without classes, expected 0; set model.num_classes"
+            )
 
     def _check(self, config):
         name = config.objective.name
@@ -125,7 +129,7 @@ class ConsistencyTask:
         loss_B, metrics = self._objective(distance)(
             nets,
             to_float(batch["image"]),
-            self._labels(batch["label"]),
+            self._labels(batch, jax.random.fold_in(key, 2)),
             keys=example_keys(noise_key, batch["row"]),
             key=net_key,
             step=step,
@@ -133,19 +137,26 @@ class ConsistencyTask:
         return jnp.mean(loss_B), (model_state, metrics)
 
     def sample(
-        self, params, key: Key[Array, ""], index_B: Int[Array, "batch"], *, steps: int | None = None, label_B=None
+        self,
+        params,
+        key: Key[Array, ""],
+        index_B: Int[Array, "batch"],
+        *,
+        steps: int | None = None,
+        label_B=None,
+        guidance=None,
     ) -> ImageFunctions:
         """Image functions number `index_B` of a seed's sequence: image i depends on (key, i), not on the batch around it.
 
-        steps: of the objective's sampler, its own number if None.
+        steps: of the objective's sampler, its own number if None. guidance: scale of classifier-free guidance, None without.
         """
         label_B = self._sample_labels(index_B, label_B)
         steps = self.objective.sampling_steps if steps is None else steps
         shape = (self.config.data.image_size, self.config.data.image_size, self.config.data.channels)
         x, sigma_B = SAMPLERS[self.objective.sampler](
-            self._denoise(params, label_B), example_keys(key, index_B), shape, steps=steps, noise=self.noise
+            self._denoise(params, label_B, guidance), example_keys(key, index_B), shape, steps=steps, noise=self.noise
         )
-        return self._last(params, x, sigma_B, label_B)
+        return self._last(params, x, sigma_B, label_B, guidance)
 
     def edit(
         self,
@@ -168,16 +179,38 @@ class ConsistencyTask:
         pixels = per_image(term.skip) * term.noisy + known - project(made)
         return functions.replace(native=term.replace(noisy=pixels, skip=jnp.ones_like(term.skip)))
 
-    def _denoise(self, params, label_B):
+    def _denoise(self, params, label_B, guidance=None):
         net = self._net(params["generator"], training=False)
         common = {"key": None, "noise": self.noise, "form": self.form}
-        return lambda x, sigma_B: consistency_function(net, x, sigma_B, label_B, **common)
 
-    def _last(self, params, x, sigma_B, label_B) -> ImageFunctions:
+        def denoise(x, sigma_B):
+            labelled = consistency_function(net, x, sigma_B, label_B, **common)
+            if guidance is None:
+                return labelled
+            null = consistency_function(net, x, sigma_B, self._null(label_B), **common)
+            return null + guidance * (labelled - null)
+
+        return denoise
+
+    def _null(self, label_B):
+        """The null class for every image."""
+        if not self.config.label_dropped:
+            raise ValueError(
+                "found guidance for a model that never saw the null class, expected one trained with config.label_dropped > 0; "
+                "leave guidance out"
+            )
+        return jnp.full_like(label_B, self.num_classes)
+
+    def _last(self, params, x, sigma_B, label_B, guidance=None) -> ImageFunctions:
         """The last evaluation, of which the image function is kept."""
         levels_BK = self.form.levels(sigma_B, self.noise)
         scaled = per_image(self.form.c_in(sigma_B, self.noise)) * x
-        functions = image_functions(self.model, params["generator"], scaled, levels_BK, label_B)
+        make = functools.partial(image_functions, self.model, params["generator"], scaled, levels_BK)
+        functions = make(label_B)
+        if guidance is not None:
+            both = {"labelled": functions.per_image, "null": make(self._null(label_B)).per_image}
+            scale_B = jnp.full(x.shape[:1], guidance, jnp.float32)
+            functions = functions.replace(kind=Guided(functions.kind), per_image=both | {"scale": scale_B})
         skip, out = self.form.c_skip(sigma_B, self.noise), self.form.c_out(sigma_B, self.noise)
         return functions.replace(native=NativeTerm(noisy=x, skip=skip, out=out))
 
@@ -191,8 +224,12 @@ class ConsistencyTask:
             self.model, params, training=training, variational=self.config.variational, chunk=self.config.render_chunk
         )
 
-    def _labels(self, label_B):
-        return label_B if self.num_classes else None
+    def _labels(self, batch, key):
+        """Labels of a batch, those that are dropped the null class; None without classes."""
+        if not self.num_classes:
+            return None
+        drawn = jax.vmap(jax.random.uniform)(example_keys(key, batch["row"]))
+        return jnp.where(drawn < self.config.label_dropped, self.num_classes, batch["label"])
 
     def _sample_labels(self, index_B, label_B):
         """Labels of a sample: the given ones, or all classes in turn."""

@@ -76,7 +76,7 @@ class ReconstructionTask:
         values = render_native(self.reconstruct(groups, x0), key=None, chunk=self.config.render_chunk)
         return {"reconstructions": rearrange([x0, values], "pair b h w c -> (b pair) h w c")}
 
-    def sample(self, params, key, index_B, *, steps: int | None = None, label_B=None) -> ImageFunctions:
+    def sample(self, params, key, index_B, *, steps: int | None = None, label_B=None, guidance=None) -> ImageFunctions:
         """A predictor cannot sample."""
         raise ValueError(
             "found a reconstruction run, expected a generator: train the consistency task, or call reconstruct()"
