@@ -175,8 +175,14 @@ def runlocal(config: ConfigDict) -> ConfigDict:
     config.num_steps = 8
     config.batch_size = 8
     config.accumulate = 1
-    config.model.update({"preset": "tiny", "width": 32, "heads": 2, "extractor_depth": 1, "predictor_depth": 1})
-    config.model.update({"function_width": 16, "function_depth": 3, "bands": 4, "groups": 4, "dtype": "float32"})
+    config.model.update({"width": 32, "heads": 2, "depth": 2, "extractor_depth": 1, "predictor_depth": 1})
+    config.model.dtype = "float32"
+    if config.model.network == "unet":
+        config.model.unet.update({"blocks": 1, "widths": (16, 16), "attention_levels": (1,)})
+    else:
+        config.model.preset = "tiny"
+    if not (config.model.function or "").startswith("local"):
+        config.model.update({"function_width": 16, "function_depth": 3, "bands": 4, "groups": 4})
     config.pretrain.update({"num_steps": min(4, config.pretrain.num_steps), "batch_size": 8, "checkpoint_every": 4})
     config.checkpoint.every = 4
     config.log.update({"every": 2, "sample_every": 8, "num_samples": 4})

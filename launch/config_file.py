@@ -28,6 +28,12 @@ def load(config: str) -> tuple[dict[str, Any], dict[str, Sweep]]:
     return values, getattr(module, "get_sweep", dict)()
 
 
+def with_variant(config: str, variant: str) -> str:
+    """`FILE.py[:argument]` with one more variant in its argument."""
+    path, *argument = config.split(":", 1)
+    return f"{path}:{','.join([*filter(None, argument), variant])}"
+
+
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) of every leaf."""
     for key, value in config.items():

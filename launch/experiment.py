@@ -14,6 +14,7 @@ from launch.errors import LaunchError
 
 # On this machine and on clusters that share its file system; tests put a fake trainer in its place.
 TRAINER = (sys.executable, "-m", "fid_imagegen.train")
+VARIANT = "variant"
 MAX_NAME = 80  # characters of a work unit's name; file systems allow 255, terminals and people less
 
 
@@ -78,7 +79,10 @@ def create_experiment(
     root: str = "runs",
     requirements: Requirements = Requirements(),
 ) -> Experiment:
-    """Plans the product of the named sweeps of `config`; every override is checked, nothing is written."""
+    """Plans the product of the named sweeps of `config`; every override is checked, nothing is written.
+
+    The key "variant" of a point is no override: it names a variant of the config file's `get_config` for that work unit.
+    """
     fixed = dict(fixed or {})
     name = name or Path(config.split(":", 1)[0]).stem
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -93,10 +97,12 @@ def create_experiment(
             raise LaunchError(
                 f"{', '.join(both)} both swept and on the command line", "one source of a value", "Drop one of them"
             )
-        config_file.validate(config, known, fixed | overrides)
+        keys = fixed | {key: value for key, value in overrides.items() if key != VARIANT}
+        own = config_file.with_variant(config, overrides[VARIANT]) if VARIANT in overrides else config
+        config_file.validate(own, known if own == config else config_file.load(own)[0], keys)
         unit = unit_name(index, overrides)
         workdir = f"{root.rstrip('/')}/{name}/{unit}" if remote else str(records / unit)
-        args = (f"--config={config}", f"--workdir={workdir}", *config_file.as_flags(fixed | overrides))
+        args = (f"--config={own}", f"--workdir={workdir}", *config_file.as_flags(keys))
         units.append(WorkUnit(index, unit, overrides, workdir, records / unit, Job(args)))
     return Experiment(name, config, fixed, records, tuple(units), requirements)
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import config_file, executors, records, table
+from launch import executors, records, table
 from launch.errors import LaunchError
 from launch.experiment import Experiment, Requirements, create_experiment
 
@@ -84,7 +84,10 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 
 def _list(experiment: Experiment) -> None:
     for unit in experiment.units:
-        print(f"{unit.workdir}  {' '.join(config_file.as_flags(experiment.fixed | unit.overrides))}".rstrip())
+        shown = [
+            arg for arg in unit.job.args if arg not in (f"--config={experiment.config}", f"--workdir={unit.workdir}")
+        ]
+        print(f"{unit.workdir}  {' '.join(shown)}".rstrip())
 
 
 def _table(argv: Sequence[str]) -> int:

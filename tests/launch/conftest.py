@@ -13,7 +13,7 @@ import ml_collections
 
 def get_config(arg=""):
     config = ml_collections.ConfigDict({
-        "seed": 0, "steps": 2 if arg == "runlocal" else 10, "mode": "ok", "shape": (1, 2), "names": ["a"],
+        "seed": 0, "steps": 2 if "runlocal" in arg.split(",") else 10, "mode": "ok", "shape": (1, 2), "names": ["a"],
         "optimizer": {"learning_rate": 1e-3},
     })
     config.lock()
@@ -26,6 +26,7 @@ def get_sweep():
         "same": [{"seed": 1}],
         "mode": [{"mode": "fail"}, {"mode": "ok"}],
         "quoting": [{"mode": "it's $HOME, \\"a b\\""}, {"shape": (3, 4)}],
+        "arm": [{"variant": "small"}, {"variant": "large"}],
         "empty": [],
         "key": [{"optimizer.learning_rat": 1.0}],
         "type": [{"seed": 1.5}],

@@ -99,6 +99,19 @@ def test_bad_input_is_answered_in_three_parts(config, capsys, line, found, expec
     assert ". " in after  # what to do
 
 
+def test_a_variant_is_an_argument_of_the_units_config(config, tmp_path, capsys):
+    """Beside the launch's own argument; validated on the config that it makes, and part of the unit's name."""
+    made = create_experiment(f"{config}:runlocal", ["arm", "seed"], root=str(tmp_path / "runs"))
+    assert [unit.name for unit in made.units][::2] == ["001-variant=small,seed=0", "003-variant=large,seed=0"]
+    assert [unit.job.args[0] for unit in made.units[1:3]] == [
+        f"--config={config}:runlocal,small",
+        f"--config={config}:runlocal,large",
+    ]
+    assert made.units[0].job.args[2:] == ("--config.seed=0",) and made.units[0].overrides["variant"] == "small"
+    assert run.main(["--config", config, "--sweep", "arm", "--root", str(tmp_path), "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"--config={config}:small")
+
+
 def test_bad_config_files(tmp_path, capsys):
     assert run.main(["--config", str(tmp_path / "none.py"), "--list"]) == 2
     assert "no config file" in capsys.readouterr().err

@@ -1,0 +1,44 @@
+"""The paper's claim: at batch 32 consistency training of a U-Net oscillates, that of Transformers does not. Its curve shows.
+
+    python -m launch.run --config configs/studies/batches.py --sweep network,batch,seed
+    python -m launch.run table --experiment batches --metrics loss
+
+`ct` as Song et al. 2023 but for LPIPS, whose weights are not at hand; equal images: 192,000 at every batch size.
+"""
+
+from configs import common
+from configs.studies import common as studies
+
+IMAGES = 192_000
+
+
+def get_config(arg: str = ""):
+    """The generator of functions, unless a variant is named."""
+    config = studies.digits()
+    config.objective, config.distance, config.preconditioning = common.objective("ct"), "l2", "edm"
+    config.optimizers.generator = common.optimizer("radam", 4e-4)
+    config.log.every = 10
+    return common.finish(config, arg, VARIANTS)
+
+
+def dit(config) -> None:
+    """DiT."""
+    config.model.update({"network": "dit", "depth": 10})
+
+
+def unet(config) -> None:
+    """NCSN++ of 16 and 32 channels: 41 MFLOP an image and step, as the others."""
+    config.model.update({"network": "unet", "preset": "ncsnpp_32"})
+    config.model.unet.update({"stem": 16, "widths": (16, 32), "blocks": 2, "attention_levels": (1,)})
+
+
+VARIANTS = {"function": lambda config: None, "dit": dit, "unet": unet}
+
+
+def get_sweep():
+    """`network`, `batch` and `seed`."""
+    batches = [
+        {"batch_size": size, "accumulate": max(1, size // 512), "num_steps": IMAGES // size}
+        for size in (32, 128, 512, 2048)
+    ]
+    return {"network": studies.arms(*VARIANTS), "batch": batches, "seed": studies.SEEDS}

@@ -1,0 +1,28 @@
+"""What the studies on digits share: the images, their order, the budget, and no pre-training unless a study says so."""
+
+from configs import common
+
+SEEDS = [{"seed": seed} for seed in (0, 1, 2)]
+# The demo's image function: half the Nyquist rate.
+FUNCTION = {"function": "5x64", "function_width": 64, "function_depth": 3, "bands": 8, "groups": 4}
+
+
+def digits():
+    """1,500 steps of 128 digits at 8 px by `ect`, global functions."""
+    config = common.base()
+    config.data.update({"source": "digits", "image_size": 8, "channels": 1, "holdout_every": 4})
+    config.model.update({"patch": 4, "width": 96, "heads": 4, "cutoff": "2", "weight_update": "scale", "unroll": True})
+    config.model.update({"extractor_depth": 4, "predictor_depth": 2, **FUNCTION})
+    config.objective = common.objective("ect", stages=6, log_mean=0.3, log_deviation=1.5)
+    config.optimizers.generator = common.optimizer(
+        "adam", 3e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
+    )
+    config.update({"num_steps": 1500, "batch_size": 128, "ema_decays": (0.999,), "variational": False})
+    config.checkpoint.update({"every": 1500, "keep": 1})
+    config.log.update({"every": 50, "sample_every": 1500, "tensorboard": False})
+    return config
+
+
+def arms(*names: str) -> list[dict]:
+    """A sweep over variants of the config file."""
+    return [{"variant": name} for name in names]

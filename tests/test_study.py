@@ -1,0 +1,28 @@
+"""How a study's work units become arms, and when two arms differ."""
+
+import json
+
+from benchmarks.study import arms, decided, plot, summary
+
+
+def unit(seed, value, **overrides):
+    return {"overrides": overrides | {"seed": seed}, "frechet": value}
+
+
+UNITS = [unit(seed, value, variant="dit") for seed, value in enumerate((1.0, 1.2, 1.4))]
+UNITS += [unit(seed, value, variant="uvit") for seed, value in enumerate((1.5, 1.6, 1.7))]
+
+
+def test_units_that_differ_in_the_seed_alone_are_an_arm():
+    grouped = arms(UNITS)
+    assert [len(group) for group in grouped.values()] == [3, 3]
+    assert [json.loads(name) for name in grouped] == [{"variant": "dit"}, {"variant": "uvit"}]
+    assert summary(grouped['{"variant": "dit"}'], "frechet") == {"mean": 1.2, "spread": 0.3999999999999999, "seeds": 3}
+
+
+def test_a_gap_below_the_seeds_spread_is_undecided(tmp_path):
+    found = {name: {"frechet": summary(group, "frechet")} for name, group in arms(UNITS).items()}
+    one, other = (arm["frechet"] for arm in found.values())
+    assert not decided(one, other) and decided(one, other | {"mean": 1.65}) and decided(other | {"mean": 1.65}, one)
+    plot(found, "frechet", tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 1000
