@@ -119,7 +119,7 @@ def base() -> ConfigDict:
     config.model.function_features = config_dict.placeholder(int)  # values a patch, of local functions
     config.model.groups = config_dict.placeholder(int)  # this and the next three: of global functions
     config.model.activation = "relu"  # relu, sine
-    config.model.weight_update = "normalize"  # normalize (TransINR), scale (LDMI)
+    config.model.weight_update = "normalize"  # normalize (TransINR), scale (LDMI), low_rank (IPC, INR-GAN)
     config.model.cutoff = "nyquist"  # or cycles per image, e.g. "1024" as the papers
     config.model.integrated = config_dict.placeholder(bool)  # waves averaged over a pixel's footprint
     config.model.level_scale = 1000.0

@@ -83,8 +83,8 @@ class FunctionPredictor(nn.Module):
         )
         tokens = blocks(tokens, context)[0]
         per_image, start = {}, 0
-        # With `scale` zero-initialised heads start every image at the shared base function.
-        init = nn.initializers.zeros if self.kind.weight_update == "scale" else nn.initializers.lecun_normal()
+        # But for `normalize` zero-initialised heads start every image at the shared base function.
+        init = nn.initializers.lecun_normal() if self.kind.weight_update == "normalize" else nn.initializers.zeros
         for layer, ((fan_in, _), count) in enumerate(zip(self.kind.layer_sizes, columns, strict=True)):
             own = layer_norm(f"head_norm_{layer}", affine=True, dtype=self.dtype)(tokens[:, start : start + count])
             predicted = nn.Dense(fan_in, kernel_init=init, dtype=self.dtype, name=f"head_{layer}")(own)

@@ -81,7 +81,9 @@ class CoordinateMLP:
     activation: "relu" on Fourier features, or "sine" (SIREN) on raw coordinates, whose first-layer frequency is `omega`.
     bands, cutoff: log-spaced frequencies from 1 to `cutoff` cycles per image; the training grid's Nyquist rate is N / 2.
     groups: predicted columns per layer, at most; column j of a matrix uses prediction j mod groups.
-    weight_update: "normalize" (base * prediction, columns scaled to unit norm over fan-in) or "scale" (base * (1 + prediction)).
+    weight_update: "normalize" (base * prediction, columns scaled to unit norm over fan-in), "scale" (base * (1 + prediction)), or
+        "low_rank" (base * (1 + tanh(prediction @ shared))), rank `groups`: predicted as in IPC (arXiv 2211.13223), squashed as in
+        INR-GAN (arXiv 2011.12026), whose products of two predictions were unstable.
     integrated: Fourier features are averaged over the pixel's footprint (Mip-NeRF, arXiv 2103.13415), which a render finer than
         the training grid damps less and a coarser one more.
     """
@@ -99,7 +101,7 @@ class CoordinateMLP:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for field, known in (("activation", ("relu", "sine")), ("weight_update", ("normalize", "scale"))):
+        for field, known in (("activation", ("relu", "sine")), ("weight_update", ("low_rank", "normalize", "scale"))):
             if getattr(self, field) not in known:
                 raise ValueError(f"found {field}={getattr(self, field)!r}, expected one of {known}")
         if self.integrated and self.activation == "sine":
@@ -109,7 +111,7 @@ class CoordinateMLP:
         if self.depth < 2:
             raise ValueError(f"found an image function of depth {self.depth}, expected at least 2 linear layers")
         for _, fan_out in self.layer_sizes:
-            if fan_out % min(self.groups, fan_out):
+            if self.weight_update != "low_rank" and fan_out % min(self.groups, fan_out):
                 raise ValueError(
                     f"found {self.groups} groups for {fan_out} columns, expected a divisor; change function.groups"
                 )
@@ -140,6 +142,10 @@ class CoordinateMLP:
             if self.activation == "sine":
                 bound = 1 / fan_in if layer == 0 else math.sqrt(6 / fan_in) / self.omega
             shared[f"kernel_{layer}"] = jax.random.uniform(kernel_key, (fan_in, fan_out), minval=-bound, maxval=bound)
+            if self.weight_update == "low_rank":
+                rank = self.columns[layer]
+                factor = jax.random.normal(jax.random.fold_in(kernel_key, 1), (rank, fan_out))
+                shared[f"factor_{layer}"] = factor / math.sqrt(rank)
             bias_bound = 0.0 if self.activation == "sine" else bound
             shared[f"bias_{layer}"] = jax.random.uniform(bias_key, (fan_out,), minval=-bias_bound, maxval=bias_bound)
         return shared
@@ -149,6 +155,8 @@ class CoordinateMLP:
     ) -> Float[Array, "fan_in fan_out"]:
         """The layer's matrix for one image, from the base matrix and the predicted columns [fan_in, groups]."""
         base, predicted = shared[f"kernel_{layer}"], per_image[f"columns_{layer}"].astype(jnp.float32)
+        if self.weight_update == "low_rank":
+            return base * (1 + jnp.tanh(predicted @ shared[f"factor_{layer}"]))
         predicted = jnp.tile(predicted, (1, base.shape[1] // predicted.shape[1]))
         if self.weight_update == "scale":
             return base * (1 + predicted)

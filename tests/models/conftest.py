@@ -18,6 +18,8 @@ def _make(kind, batch, grid, *, native=False, seed=0):
     shared = {"gain": 1 + 0.1 * draw(kind.channels)}
     for i, (fan_in, fan_out) in enumerate(kind.layer_sizes):
         shared |= {f"kernel_{i}": draw(fan_in, fan_out) / np.sqrt(3 * fan_in), f"bias_{i}": 0.1 * draw(fan_out)}
+        if kind.weight_update == "low_rank":
+            shared[f"factor_{i}"] = draw(kind.columns[i], fan_out)
     term = NativeTerm(noisy=draw(batch, *grid, kind.channels), skip=0.1 * draw(batch), out=1 + 0.1 * draw(batch))
     return ImageFunctions(kind=kind, grid=grid, shared=shared, per_image=per_image, native=term if native else None)
 
@@ -48,7 +50,9 @@ def _reference(functions, rows, columns, cell=(0.0, 0.0)):
             base = np.asarray(shared[f"kernel_{layer}"], np.float64)
             predicted = np.asarray(functions.per_image[f"columns_{layer}"][image], np.float64)
             matrix = np.empty_like(base)
-            for j in range(base.shape[1]):
+            if kind.weight_update == "low_rank":
+                matrix = base * (1 + np.tanh(predicted @ np.asarray(shared[f"factor_{layer}"], np.float64)))
+            for j in range(base.shape[1] * (kind.weight_update != "low_rank")):
                 column = predicted[:, j % predicted.shape[1]]
                 if kind.weight_update == "scale":
                     matrix[:, j] = base[:, j] * (1 + column)

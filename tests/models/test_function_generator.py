@@ -107,8 +107,9 @@ def test_functions_have_the_kinds_shapes(trained, images):
         assert functions.per_image[f"columns_{layer}"].shape == (2, fan_in, columns)
 
 
-def test_scale_heads_start_at_the_shared_function(images):
-    kind = dataclasses.replace(KIND, weight_update="scale")
+@pytest.mark.parametrize("weight_update", ["low_rank", "scale"])
+def test_heads_start_at_the_shared_function(images, weight_update):
+    kind = dataclasses.replace(KIND, weight_update=weight_update)
     predictor = FunctionPredictor(kind, width=16, heads=2, depth=1, remat=False, unroll=False)
     features = images.reshape(2, 12, 16)
     made, params = jax.jit(predictor.init_with_output)(jax.random.key(0), features)

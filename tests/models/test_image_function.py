@@ -125,7 +125,7 @@ def test_column_j_uses_prediction_j_modulo_the_groups(make_functions):
 
 
 @pytest.mark.parametrize("activation", ["relu", "sine"])
-@pytest.mark.parametrize("weight_update", ["normalize", "scale"])
+@pytest.mark.parametrize("weight_update", ["low_rank", "normalize", "scale"])
 def test_values_are_the_papers(make_functions, reference, activation, weight_update):
     # A low omega: SIREN's 30 on unit-norm columns would amplify float32's rounding beyond use.
     kind = dataclasses.replace(SMALL, activation=activation, weight_update=weight_update, omega=2.0)
@@ -135,9 +135,10 @@ def test_values_are_the_papers(make_functions, reference, activation, weight_upd
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("weight_update", ["low_rank", "scale"])
 @pytest.mark.parametrize("activation", ["relu", "sine"])
-def test_scale_with_zero_columns_is_the_base_function(make_functions, activation):
-    kind = dataclasses.replace(SMALL, activation=activation, weight_update="scale")
+def test_zero_columns_are_the_base_function(make_functions, activation, weight_update):
+    kind = dataclasses.replace(SMALL, activation=activation, weight_update=weight_update)
     functions = make_functions(kind, 1, (4, 4))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:]), functions.per_image)
     for layer in range(kind.depth):

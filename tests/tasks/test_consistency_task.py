@@ -113,6 +113,7 @@ RIVALS = {
         "model.unet.fourier_scale": 0.02,
     },
     "uvit": {"model.network": "uvit", "model.heads": 2, "model.depth": 2},
+    "low_rank": {"model.weight_update": "low_rank", "model.integrated": True},
     "local": {"model.function": "local64"} | UNSET,
 }
 
