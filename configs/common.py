@@ -140,6 +140,8 @@ def base() -> ConfigDict:
     config.objective = objective("ect")
     config.distance = "pseudo_huber"  # l2, laplacian, pseudo_huber, lpips
     config.lpips = ConfigDict({"vgg16": "", "heads": ""})
+    # Of the noise, where not the images' own: the function is held to images of data.image_size in windows of so many pixels.
+    config.grid, config.window = 0, 0  # 0: the images' size; whole images
     config.label_dropped = 0.0  # share of labels replaced by the null class, for classifier-free guidance
     config.variational = True  # variational coordinates
     config.render_chunk = 4096  # coordinates rendered at once in training

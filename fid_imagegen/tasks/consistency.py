@@ -22,11 +22,12 @@ from fid_imagegen.tasks.generator import (
     render_native,
     to_float,
 )
-from fid_imagegen.tasks.networks import build_generator
+from fid_imagegen.tasks.networks import build_generator, grid_size
+from fid_imagegen.tasks.windows import check_windows, draw_windows
 
 STEEPEST_LEVEL = 16.0  # radians a unit of level, as much as Fourier features of scale 2.5
 # What a teacher must share with its student, who asks it about his own noisy images at his own levels.
-TEACHERS = ("data.image_size", "data.channels", "noise.", "preconditioning", "time")
+TEACHERS = ("data.image_size", "grid", "data.channels", "noise.", "preconditioning", "time")
 
 
 class ConsistencyTask:
@@ -42,6 +43,7 @@ class ConsistencyTask:
         # The objective is built once here so that a config's mistakes show at once; LPIPS binds its weights per call.
         self.objective = self._objective(lambda a, b: jnp.zeros(a.shape[0]))
         self._check(config)
+        check_windows(config)
         if config.label_dropped and not config.model.num_classes:
             raise ValueError(
                 f"found label_dropped {config.label_dropped} for a model without classes, expected 0; set model.num_classes"
@@ -64,8 +66,8 @@ class ConsistencyTask:
                 "config.model.unet.fourier_scale=0.02"
             )
 
-    def _objective(self, distance):
-        fields = dict(self.config.objective)
+    def _objective(self, distance, **more):
+        fields = dict(self.config.objective) | more
         fields = {"name": fields.pop("name"), "num_steps": self.config.num_steps} | fields
         return objectives.build(noise=self.noise, form=self.form, distance=distance, **fields)
 
@@ -115,20 +117,23 @@ class ConsistencyTask:
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean loss of a batch {"image": uint8 NHWC, "label": [B], "row": [B]}: (loss, (model_state, metrics))."""
-        bind = functools.partial(self._net, training=True)
-        nets = {"student": bind(groups["generator"])}
-        if "target" in groups:
-            nets["target"] = bind(groups["target"])
-        if "teacher" in groups:
-            nets["teacher"] = self._net(groups["teacher"], training=False)
+        images, more, bind = to_float(batch["image"]), {}, self._net
+        if self.config.grid:
+            windows = draw_windows(self.config, jax.random.fold_in(key, 3))
+            images, more = windows.clean(images), {"draw": windows.noise}
+            bind = functools.partial(windows.net, self.model, chunk=self.config.render_chunk)
+        names = {"student": "generator", "target": "target", "teacher": "teacher"}
+        nets = {
+            name: bind(groups[group], training=name != "teacher") for name, group in names.items() if group in groups
+        }
         if self.config.distance == "lpips":
             distance = functools.partial(lpips_distance, groups["lpips"])
         else:
             distance = DISTANCES[self.config.distance]
         noise_key, net_key = jax.random.split(key)
-        loss_B, metrics = self._objective(distance)(
+        loss_B, metrics = self._objective(distance, **more)(
             nets,
-            to_float(batch["image"]),
+            images,
             self._labels(batch, jax.random.fold_in(key, 2)),
             keys=example_keys(noise_key, batch["row"]),
             key=net_key,
@@ -152,7 +157,7 @@ class ConsistencyTask:
         """
         label_B = self._sample_labels(index_B, label_B)
         steps = self.objective.sampling_steps if steps is None else steps
-        shape = (self.config.data.image_size, self.config.data.image_size, self.config.data.channels)
+        shape = (*2 * (grid_size(self.config),), self.config.data.channels)
         x, sigma_B = SAMPLERS[self.objective.sampler](
             self._denoise(params, label_B, guidance), example_keys(key, index_B), shape, steps=steps, noise=self.noise
         )

@@ -58,6 +58,6 @@ def generator_net(model, params, *, training: bool, variational: bool, chunk: in
 
 def init_generator(model, config, key: Key[Array, ""], *, levels: int):
     """Fresh parameters (a plain dict) of a network that is told `levels` values of the noise level."""
-    size, channels = config.data.image_size, config.data.channels
+    size, channels = config.grid or config.data.image_size, config.data.channels
     label = jnp.zeros((1,), jnp.int32) if config.model.num_classes else None
     return model.init(key, jnp.zeros((1, size, size, channels)), jnp.zeros((1, levels)), label)["params"]

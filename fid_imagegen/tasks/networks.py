@@ -18,7 +18,7 @@ FUNCTION_FIELDS = {
 
 
 def build_generator(config):
-    """The network of `config.model` at `config.data`'s size: model(x_BHWC, levels_BK, label_B, deterministic=).
+    """The network of `config.model` at the size of its grid: model(x_BHWC, levels_BK, label_B, deterministic=).
 
     Fields left None take the preset's value. ValueError names what is unknown or does not fit.
     """
@@ -28,12 +28,17 @@ def build_generator(config):
     return NETWORKS[network](config)
 
 
+def grid_size(config) -> int:
+    """Pixels a side of what the network sees."""
+    return config.grid or config.data.image_size
+
+
 def _function(config) -> FunctionGenerator:
     model, sizes = config.model, _sizes(config.model, PRESETS)
     kind = function_kind(
         sizes.pop("function"),
         channels=config.data.channels,
-        image_size=config.data.image_size,
+        image_size=grid_size(config),
         patch=model.patch,
         cutoff=model.cutoff,
         activation=model.activation,
@@ -41,9 +46,7 @@ def _function(config) -> FunctionGenerator:
         dtype=model.dtype,
         **{name: model[field] for field, name in FUNCTION_FIELDS.items() if model[field] is not None},
     )
-    return FunctionGenerator(
-        kind=kind, image_size=config.data.image_size, **sizes, **_common(model), qk_norm=model.qk_norm
-    )
+    return FunctionGenerator(kind=kind, image_size=grid_size(config), **sizes, **_common(model), qk_norm=model.qk_norm)
 
 
 def _dit(config) -> DiT:
@@ -54,7 +57,7 @@ def _dit(config) -> DiT:
 def _uvit(config) -> UViT:
     if config.model.qk_norm:
         raise ValueError("found model.qk_norm with network 'uvit', which has none; set config.model.qk_norm=False")
-    size = (config.data.image_size, config.data.image_size)
+    size = 2 * (grid_size(config),)
     return UViT(size, channels=config.data.channels, **_sizes(config.model, UVITS), **_common(config.model))
 
 

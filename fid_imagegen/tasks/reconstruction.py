@@ -15,6 +15,7 @@ from fid_imagegen.diffusion.preconditioning import per_image, preconditioning
 from fid_imagegen.models.image_function import ImageFunctions, NativeTerm
 from fid_imagegen.tasks.generator import init_generator, render_native, to_float
 from fid_imagegen.tasks.networks import build_generator
+from fid_imagegen.tasks.windows import check_windows, draw_windows, on_grid
 
 
 class ReconstructionTask:
@@ -31,6 +32,7 @@ class ReconstructionTask:
                 f"found pre-training of network {config.model.network!r}, expected 'function': others have no predictor; set "
                 "config.pretrain.num_steps=0"
             )
+        check_windows(config)
         self.noise = NoiseRange(**config.noise)
         self.form = preconditioning(config.preconditioning, config.time)
         self.clean_scale = self.form.clean_scale(self.noise)
@@ -53,14 +55,21 @@ class ReconstructionTask:
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean squared error of a batch {"image": uint8 NHWC}: (loss, (model_state, metrics))."""
-        x0 = to_float(batch["image"])
-        jitter = key if self.config.variational else None
-        rendered = self.clean_scale * render_native(
-            self._functions(groups["generator"], x0), key=jitter, chunk=self.config.render_chunk
-        )
-        loss = jnp.mean(l2(rendered, x0))
+        images, chunk = to_float(batch["image"]), self.config.render_chunk
+        x0 = self.seen(images)
+        functions = self._functions(groups["generator"], x0)
+        if self.config.grid:
+            windows = draw_windows(self.config, key)
+            x0, rendered = windows.clean(images), windows.render(functions, chunk=chunk)
+        else:
+            rendered = render_native(functions, key=key if self.config.variational else None, chunk=chunk)
+        loss = jnp.mean(l2(self.clean_scale * rendered, x0))
         # Peak-to-peak 2: images are in [-1, 1].
         return loss, (model_state, {"psnr": 10 * jnp.log10(4 / loss)})
+
+    def seen(self, images: Array) -> Array:
+        """Images as the network is given them: on its grid."""
+        return on_grid(images, self.config.grid) if self.config.grid else images
 
     def reconstruct(self, params, x0: Array, *, trunk: bool = False) -> ImageFunctions:
         """The functions of clean images in [-1, 1]. With `trunk` the features pass through the noise-conditioned trunk."""
@@ -72,7 +81,7 @@ class ReconstructionTask:
 
     def preview(self, groups, batch) -> dict[str, Array]:
         """Each image beside its function on the native grid: {"reconstructions": [2 count, height, width, channels]}."""
-        x0 = to_float(batch["image"])
+        x0 = self.seen(to_float(batch["image"]))
         values = render_native(self.reconstruct(groups, x0), key=None, chunk=self.config.render_chunk)
         return {"reconstructions": rearrange([x0, values], "pair b h w c -> (b pair) h w c")}
 
@@ -93,7 +102,7 @@ class ReconstructionTask:
 
 def rendered_psnr(task: ReconstructionTask, params, images, *, trunk: bool = False) -> float:
     """Mean PSNR in dB of reconstructions of uint8 images on the native grid, each image's own, averaged."""
-    x0 = to_float(jnp.asarray(images))
+    x0 = task.seen(to_float(jnp.asarray(images)))
 
     @jax.jit
     def measure(params, x0):

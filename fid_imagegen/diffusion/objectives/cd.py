@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fid_imagegen.diffusion.noise import check_levels, example_normal, karras_sigma
+from fid_imagegen.diffusion.noise import check_levels, karras_sigma
 from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.objectives.pairs import two_level_distance
 from fid_imagegen.diffusion.preconditioning import consistency_function, per_image
@@ -39,7 +39,7 @@ class ConsistencyDistillation(Objective):
         draw = lambda k: jax.random.randint(k, (), 0, self.levels - 1)  # noqa: E731
         index = jax.vmap(draw)(keys[:, 0]).astype(jnp.float32)
         sigma, lower = (karras_sigma(i, self.levels, self.noise) for i in (index, index + 1))
-        noisy = x0 + per_image(sigma) * example_normal(keys[:, 1], x0.shape[1:])
+        noisy = x0 + per_image(sigma) * self.draw(keys[:, 1], x0.shape[1:])
         common = {"noise": self.noise, "form": self.form}
 
         def teacher(x, sigma_B):

@@ -42,5 +42,6 @@ class ConsistencyTraining(Objective):
             noise=self.noise,
             form=self.form,
             distance=self.distance,
+            draw=self.draw,
         )
         return loss, {"levels": count.astype(jnp.float32), "target_decay": self.target_decay(step)}

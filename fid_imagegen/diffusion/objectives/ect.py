@@ -53,6 +53,7 @@ class EasyConsistencyTuning(Objective):
             noise=self.noise,
             form=self.form,
             distance=self.distance,
+            draw=self.draw,
         )
         # Levels within float noise of sigma_min have no pair below them; the clamp keeps their weight finite.
         return loss / jnp.maximum(sigma - lower, 1e-4), {"stage": self.stage(step)}

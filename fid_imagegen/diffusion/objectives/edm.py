@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from fid_imagegen.diffusion.distances import l2
-from fid_imagegen.diffusion.noise import example_normal, lognormal_sigmas
+from fid_imagegen.diffusion.noise import lognormal_sigmas
 from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.preconditioning import consistency_function, per_image
 
@@ -29,7 +29,7 @@ class Diffusion(Objective):
         """Loss per image."""
         keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
         sigma = lognormal_sigmas(keys[:, 0], self.log_mean, self.log_deviation, self.noise)
-        noisy = x0 + per_image(sigma) * example_normal(keys[:, 1], x0.shape[1:])
+        noisy = x0 + per_image(sigma) * self.draw(keys[:, 1], x0.shape[1:])
         found = consistency_function(nets["student"], noisy, sigma, cond, key=key, noise=self.noise, form=self.form)
         data = self.noise.sigma_data
         return (sigma**2 + data**2) / (sigma * data) ** 2 * l2(found, x0), {}

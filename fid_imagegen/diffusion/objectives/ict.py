@@ -47,5 +47,6 @@ class ImprovedConsistencyTraining(Objective):
             noise=self.noise,
             form=self.form,
             distance=self.distance,
+            draw=self.draw,
         )
         return loss / (sigma - lower), {"levels": count.astype(jnp.float32)}

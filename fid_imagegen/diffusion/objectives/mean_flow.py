@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from fid_imagegen.diffusion.noise import example_normal
 from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.preconditioning import (
     PRECONDITIONINGS,
@@ -57,7 +56,7 @@ class MeanFlow(Objective):
     def __call__(self, nets, x0, cond, *, keys, key, step):
         """Loss per image."""
         keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
-        (t_B, r_B), e = self.times(keys[:, 0]), example_normal(keys[:, 1], x0.shape[1:])
+        (t_B, r_B), e = self.times(keys[:, 0]), self.draw(keys[:, 1], x0.shape[1:])
         z = per_image(1 - t_B) * x0 + per_image(t_B) * e
 
         def mean_velocity(z, t_B, r_B):

@@ -1,9 +1,10 @@
 """What every objective is given, and what one may say of itself."""
 
 import dataclasses
+from collections.abc import Callable
 
 from fid_imagegen.diffusion.distances import Distance
-from fid_imagegen.diffusion.noise import NoiseRange
+from fid_imagegen.diffusion.noise import NoiseRange, example_normal
 from fid_imagegen.diffusion.preconditioning import Preconditioning
 
 
@@ -15,6 +16,7 @@ class Objective:
     form: Preconditioning
     distance: Distance
     num_steps: int
+    draw: Callable = dataclasses.field(default=example_normal, kw_only=True)  # noise of draw(keys, shape)
 
     target_decay = None  # decay(step) of the tracked copy nets["target"], where there is one
     needs_teacher = False  # nets["teacher"], a frozen denoiser

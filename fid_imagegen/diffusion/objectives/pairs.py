@@ -1,5 +1,7 @@
 """What the discrete consistency objectives share: comparing f at two levels of one noisy path."""
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float, Key
 
@@ -23,9 +25,10 @@ def pair_distance(
     noise: NoiseRange,
     form: Preconditioning,
     distance: Distance,
+    draw: Callable = example_normal,
 ) -> Float[Array, "batch"]:
     """`two_level_distance` of x0 + sigma z and x0 + lower z, the SAME z: Euler's step with the true x0."""
-    z = example_normal(keys, x0.shape[1:])
+    z = draw(keys, x0.shape[1:])
     noisy, lower = (x0 + per_image(level_B) * z for level_B in (sigma_B, lower_B))
     common = {"key": key, "noise": noise, "form": form, "distance": distance}
     return two_level_distance(student, target, (noisy, sigma_B), (lower, lower_B), cond, **common)

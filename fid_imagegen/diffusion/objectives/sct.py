@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fid_imagegen.diffusion.noise import example_normal, lognormal_sigmas
+from fid_imagegen.diffusion.noise import lognormal_sigmas
 from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.preconditioning import angle, consistency_function, per_image
 
@@ -37,7 +37,7 @@ class ContinuousConsistencyTraining(Objective):
         keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
         t_B = angle(lognormal_sigmas(keys[:, 0], self.log_mean, self.log_deviation, self.noise), self.noise)
         cos, sin = per_image(jnp.cos(t_B)), per_image(jnp.sin(t_B))
-        z = data * example_normal(keys[:, 1], x0.shape[1:])
+        z = data * self.draw(keys[:, 1], x0.shape[1:])
         x_t, dx_dt = cos * x0 + sin * z, cos * z - sin * x0
 
         def velocity(x_t, t_B):

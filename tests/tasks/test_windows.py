@@ -1,0 +1,105 @@
+"""Functions held to images of another size than the grid of their noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from fid_imagegen.diffusion.noise import example_normal
+from fid_imagegen.models.rendering import render
+from fid_imagegen.tasks.windows import Windows, draw_windows, on_grid
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 2)), jnp.float32)
+WINDOWS = Windows(grid=4, size=16, window=6, corner_2=jnp.asarray([3, 9]))
+LARGE = {"data.image_size": 16, "grid": 8, "window": 6, "variational": False}
+
+
+def test_clean_pixels_are_the_grid_and_the_window():
+    found = WINDOWS.clean(IMAGES)
+    assert found.shape == (3, 16 + 36, 1, 2)
+    np.testing.assert_allclose(found[:, :16, 0].reshape(3, 4, 4, 2), on_grid(IMAGES, 4), atol=1e-6)
+    np.testing.assert_array_equal(found[:, 16:, 0].reshape(3, 6, 6, 2), IMAGES[:, 3:9, 9:15])
+
+
+def test_noise_of_the_window_is_that_of_the_grid():
+    """On a window of the grid's own pixels it is the same; in between it is interpolated, and its key an image's own."""
+    same = Windows(grid=16, size=16, window=6, corner_2=jnp.asarray([3, 9])).noise(KEYS, (0, 1, 2))
+    z = example_normal(KEYS, (16, 16, 2))
+    np.testing.assert_allclose(same[:, :256, 0].reshape(z.shape), z, atol=1e-6)
+    np.testing.assert_allclose(same[:, 256:, 0].reshape(3, 6, 6, 2), z[:, 3:9, 9:15], atol=1e-5)
+    fine, part = WINDOWS.noise(KEYS, (0, 1, 2)), WINDOWS.noise(KEYS[1:], (0, 1, 2))
+    np.testing.assert_allclose(fine[1:], part, atol=1e-6)
+    assert 0.3 < float(fine[:, 16:].std()) < 1.3
+
+
+def test_values_are_those_of_a_render(tiny_task, random_params):
+    task = tiny_task(LARGE)
+    params = random_params(task)
+    windows = Windows(grid=8, size=16, window=6, corner_2=jnp.asarray([3, 9]))
+    functions = task.sample(params, jax.random.key(1), jnp.arange(2)).replace(native=None)
+    found = windows.render(functions, chunk=4096)
+    np.testing.assert_allclose(found[:, :64, 0].reshape(2, 8, 8, 1), render(functions, 8, 8), atol=1e-5)
+    np.testing.assert_allclose(found[:, 64:, 0].reshape(2, 6, 6, 1), render(functions, 16, 16)[:, 3:9, 9:15], atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["function", "dit"])
+@pytest.mark.parametrize("name", ["ect", "sct", "reconstruction"])
+def test_what_lies_between_the_grids_pixels_is_learned(tiny_task, random_params, name, network):
+    """The loss sees the image where the grid does not: another image of the same grid pixels has another loss."""
+    if name == "reconstruction" and network == "dit":
+        return
+    changes = LARGE | {
+        "model.network": network,
+        "model.depth": 1,
+        "objective": common.objective("ect"),
+        "distance": "l2",
+    }
+    if name == "sct":
+        # A large normaliser: normed tangents hide in the loss how long they were.
+        sct = common.objective("sct", normaliser=100.0)
+        changes |= {"objective": sct, "time": "angle", "model.level_scale": 1.0}
+    changes |= {"task": "reconstruction"} if name == "reconstruction" else {}
+    task = tiny_task(changes)
+    params = random_params(task)
+    images = np.random.default_rng(0).integers(100, 156, (4, 16, 16, 1), dtype=np.uint8)
+    batch = {"image": jnp.asarray(images), "label": jnp.zeros(4, jnp.int32), "row": jnp.arange(4)}
+    run = jax.jit(lambda batch, step: task.loss(params, {}, batch, jax.random.key(3), step)[0])
+    # A checkerboard at the images' own Nyquist rate is nothing on the grid.
+    checks = (40 * (np.indices((16, 16)).sum(0) % 2) - 20)[None, :, :, None]
+    flat = np.abs(np.asarray(on_grid(jnp.asarray(checks, jnp.float32), 8))).max()
+    other = batch | {"image": jnp.asarray((images + checks).astype(np.uint8))}
+    first, second = (float(run(each, jnp.asarray(7))) for each in (batch, other))
+    assert flat < 4 and np.isfinite(first) and abs(first - second) > 1e-5 * abs(first)
+
+
+def test_samples_have_the_grids_noise_and_any_size(tiny_task, random_params):
+    task = tiny_task(LARGE)
+    functions = task.sample(random_params(task), jax.random.key(0), jnp.arange(2), steps=2)
+    assert functions.grid == (8, 8) and functions.native.noisy.shape == (2, 8, 8, 1)
+    assert render(functions, 16, 16).shape == (2, 16, 16, 1)
+    # Noise finer than the image, as the paper's Table 4, is the same the other way round.
+    task = tiny_task(LARGE | {"data.image_size": 4, "window": 0})
+    images = {"image": jnp.zeros((2, 4, 4, 1), jnp.uint8), "label": jnp.zeros(2, jnp.int32), "row": jnp.arange(2)}
+    assert np.isfinite(task.loss(random_params(task), {}, images, jax.random.key(0), jnp.asarray(3))[0])
+
+
+def test_windows_lie_anywhere_inside(tiny_task):
+    config = tiny_task(LARGE).config
+    corners = np.stack([draw_windows(config, jax.random.key(i)).corner_2 for i in range(200)])
+    assert corners.min() == 0 and corners.max() == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": 0}, "found window 6 without a grid"),
+        ({"window": 17}, "found window 17 for images of 16"),
+        ({"distance": "laplacian"}, "found distance 'laplacian' with a grid of its own"),
+        ({"variational": True}, "expected config.variational=False"),
+    ],
+)
+def test_windows_that_cannot_be(tiny_task, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_task(LARGE | changes)
