@@ -109,6 +109,14 @@ def transformer(config):
     config.stage_c.model.update({"width": width, "text_width": width, "depth": 4, "heads": 4})
 
 
+def jumps(config):
+    """Stage C's twin of one to four steps too."""
+    wuerstchen.jumps(config)
+    config.stage_c_jumps.num_steps = 1000
+    for group in config.stage_c_jumps.optimizers.values():
+        group.learning_rate = 3e-4
+
+
 def previewer(config):
     """A previewer of Stage C's latents too, at the size of the images."""
     wuerstchen.with_previewer(config)
@@ -148,5 +156,6 @@ VARIANTS = {
     "transformer": transformer,
     "previewer": previewer,
     "ldm": ldm,
+    "jumps": jumps,
     "runlocal": runlocal,
 }

@@ -4,7 +4,7 @@
         --config.data.source=prepared --config.data.path=...
 
 Variants: `published`, and in its phases `paper`; `transformer`, `b_no_text`, `previewer`; of baselines `ldm` and `text_only`;
-`runlocal` of any of them.
+`jumps` adds a Stage C of one to four steps; `runlocal` of any of them.
 
 A config holds a whole config for each stage; `stages` says which are trained, in order. Published: 24,602 A100-hours for
 Stage C, 11,000 for Stage B. Not yet reproduced.
@@ -121,6 +121,22 @@ def stage_c() -> ConfigDict:
     config.init.stage_c = ""
     config.init.compressor = "../stage_b"
     config.sharding.rules = RULES
+    return config
+
+
+def stage_c_jumps(teacher: ConfigDict | None = None) -> ConfigDict:
+    """A twin of one to four steps of `teacher`, a Stage C's config, distilled from it under its guidance (Song et al. 2023)."""
+    config = (teacher or stage_c()).copy_and_resolve_references()
+    config.update({"task": "stage_c_jumps", "form": "jump", "text_dropped": 0.0, "distance": "pseudo_huber"})
+    config.objective = common.objective("cd", levels=40)
+    config.teacher_guidance = config.sampling.guidance
+    config.sampling.update({"steps": 2, "guidance": 1.0})
+    for groups in (config.optimizers, config.init):
+        groups.stage_c_jumps = groups.stage_c
+        del groups.stage_c
+    config.init.update({"stage_c_jumps": "../stage_c", "teacher": "../stage_c"})
+    if "text" in config.init:  # a small encoder, trained with Stage C
+        config.init.text = "../stage_c"
     return config
 
 
@@ -245,6 +261,16 @@ def text_only(config: ConfigDict) -> None:
     del b.optimizers.compressor, b.init.compressor
 
 
+def jumps(config: ConfigDict) -> None:
+    """Stage C's twin of one to four steps too. Not with `published`, `paper` or a baseline: the teacher is of form `v`."""
+    if "stage_c" not in config.stages or config.stage_c.form != "v":
+        raise ValueError(
+            "found 'jumps' without a Stage C of form 'v', expected one; leave out published, paper and baselines"
+        )
+    config.stage_c_jumps = stage_c_jumps(config.stage_c)
+    config.stages += ("stage_c_jumps",)
+
+
 def with_previewer(config: ConfigDict) -> None:
     """The three stages and a previewer of Stage C's latents."""
     config.previewer = previewer()
@@ -333,6 +359,7 @@ def _tiny_ldm(config: ConfigDict) -> None:
 
 
 TINY = {
+    "stage_c_jumps": _tiny_c,
     "stage_a": _tiny_a,
     "stage_b": _tiny_b,
     "stage_c": _tiny_c,
@@ -347,6 +374,7 @@ VARIANTS = {
     "text_only": text_only,
     "published": published,
     "paper": paper,
+    "jumps": jumps,
     "runlocal": runlocal,
 }
 

@@ -90,7 +90,7 @@ def test_every_staged_variant_is_locked_complete_and_json(name, arg):
         assert keys(config[stage]) == keys(getattr(_module("wuerstchen"), kind)())
         task = tasks.build(stored[stage])  # a tuple is a list in a work directory
         assert stage.startswith(kind) and set(task.trained) == set(stored[stage].optimizers)
-        assert set(task.trained) <= set(stored[stage].init) <= {*task.trained, "vqgan", "compressor"}
+        assert set(task.trained) <= set(stored[stage].init) <= {*task.trained, "vqgan", "compressor", "teacher"}
 
 
 @pytest.mark.slow

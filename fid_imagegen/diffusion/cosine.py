@@ -32,6 +32,12 @@ def alpha_bar(t: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.clip(signal**2, SMALLEST, LARGEST)
 
 
+def time_of_angle(angle: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The t in [0, 1] at which alpha_bar(t) = cos^2(angle), but for the clamp."""
+    sine = jnp.cos(angle) * np.cos(OFFSET / (1 + OFFSET) * (np.pi / 2))
+    return jnp.clip(1 - (1 + OFFSET) * (2 / np.pi) * jnp.arcsin(sine), 0, 1)
+
+
 def training_times(keys_B: Key[Array, "batch"]) -> Levels:
     """t ~ clamp(1.08 (1 - U) + 0.001, 0.001, 1), so that 7.5 % of the examples are exactly at t = 1; one key an example."""
     uniform_B = jax.vmap(jax.random.uniform)(keys_B)

@@ -111,6 +111,16 @@ class Velocity(Cosine):
         return jnp.sqrt(signal) * x - jnp.sqrt(1 - signal) * prediction
 
 
+class Jump(Velocity):
+    """A consistency function (Song et al. 2023, Alg. 1): v names the end of the path. Every step goes there and back, with fresh
+    noise, to the next level."""
+
+    def step(self, x: Images, prediction: Images, t_B: Levels, next_B: Levels, noise: Images) -> Images:
+        """A jump to x0; at next = 0 that is all."""
+        x0 = self.to_x0(prediction, x, t_B)
+        return jnp.where(per_image(next_B) > 0, self.add_noise(x0, noise, next_B), x0)
+
+
 class Flow(Form):
     """Rectified flow (Liu et al. 2023, arXiv 2209.03003): x_t = (1 - t) x0 + t eps, target eps - x0, Euler steps.
 
@@ -207,6 +217,7 @@ FORMS: dict[str, Form] = {
     "eps_ab": EpsAB(divisor=lambda b: jnp.abs(1 - b) + 1e-5),  # Stage C
     "eps_ab_sigmoid": EpsAB(divisor=lambda b: b),  # Stage B, whose network puts b in (0, 1)
     "v": Velocity(),
+    "jump": Jump(),
     "flow": Flow(),
     # The paper's levels, made for a data deviation of 0.5, times two: latents are scaled to a deviation of 1.
     "edm": EDM(NoiseRange(sigma_min=0.004, sigma_max=160.0, sigma_data=1.0), mean=-1.2 + math.log(2), deviation=1.2),

@@ -46,10 +46,10 @@ def cost_table(pipe: WuerstchenPipeline, height: int | None, width: int | None) 
 
 def _pass_flops(stage, latent_hw: tuple[int, int]) -> float:
     task, config = stage.task, stage.config
-    channels = config.compressor.channels if config.task == "stage_c" else task.first_stage.channels
+    channels = config.compressor.channels if config.task.startswith("stage_c") else task.first_stage.channels
     x, level = jnp.zeros((1, *latent_hw, channels)), jnp.zeros((1,))
     text = jnp.zeros((1, config.text.length, task.text.width)) if task.text.used else None
-    if config.task == "stage_c":
+    if config.task.startswith("stage_c"):
         conditions = (text,)
     else:
         latents = jnp.zeros((1, 1, 1, config.compressor.channels)) if task.uses_latents else None

@@ -43,13 +43,14 @@ class WuerstchenPipeline:
         self.seconds: dict[str, float] = {}  # of the last call, by stage
 
     @classmethod
-    def from_pretrained(cls, folder: epath.PathLike) -> "WuerstchenPipeline":
+    def from_pretrained(cls, folder: epath.PathLike, prior: str = "stage_c") -> "WuerstchenPipeline":
         """Loads FOLDER/{stage_a,stage_b,stage_c}: work directories, or what `fid_imagegen.convert` wrote.
 
+        prior: the folder that stands for stage_c, such as stage_c_jumps, its twin of a few steps.
         Raises FileNotFoundError naming what is not there.
         """
         folder = epath.Path(folder)
-        return cls(Stage(folder / "stage_a"), ImageStage(folder / "stage_b"), Stage(folder / "stage_c"))
+        return cls(Stage(folder / "stage_a"), ImageStage(folder / "stage_b"), Stage(folder / prior))
 
     def __call__(
         self,

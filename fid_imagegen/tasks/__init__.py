@@ -7,6 +7,7 @@ from fid_imagegen.tasks.reconstruction import ReconstructionTask
 from fid_imagegen.tasks.stage_a import StageATask
 from fid_imagegen.tasks.stage_b import StageBTask
 from fid_imagegen.tasks.stage_c import StageCTask
+from fid_imagegen.tasks.stage_c_jumps import StageCJumpsTask
 
 TASKS = {
     "consistency": ConsistencyTask,
@@ -16,8 +17,9 @@ TASKS = {
     "stage_a": StageATask,
     "stage_b": StageBTask,
     "stage_c": StageCTask,
+    "stage_c_jumps": StageCJumpsTask,
 }
-BUCKETED = ("stage_b", "stage_c")  # what can train on pictures of several shapes
+BUCKETED = ("stage_b", "stage_c", "stage_c_jumps")  # what can train on pictures of several shapes
 
 
 def build(config):

@@ -18,6 +18,7 @@ NETWORKS = {"convnext": StageC, "transformer": StageCTransformer}
 class StageCTask(CompressorLatents):
     """Groups `stage_c` and a small `text` encoder are trained; `compressor` and a CLIP tower are frozen."""
 
+    group = "stage_c"
     tracked: dict = {}
     num_classes = 0
 
@@ -29,7 +30,7 @@ class StageCTask(CompressorLatents):
         if name not in NETWORKS:
             raise ValueError(f"found network {name!r}, expected one of {sorted(NETWORKS)}; change config.model.network")
         self.denoiser = LatentDenoiser(NETWORKS[name](**fields), config.form)
-        self.trained = ("stage_c", *self.text.trained)
+        self.trained = (self.group, *self.text.trained)
 
     def tokenizer(self, source, path):
         """The text encoder's."""
@@ -45,7 +46,7 @@ class StageCTask(CompressorLatents):
         x = jnp.zeros((1, self.rows, self.rows, self.config.compressor.channels))
         text = jnp.zeros((1, self.config.text.length, self.text.width))
         made = model.init(keys[0], x, jnp.zeros((1,)), text, method=model.end_to_end)
-        return self.text.init(keys[1]) | {"stage_c": made["params"]}, {}
+        return self.text.init(keys[1]) | {self.group: made["params"]}, {}
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean loss of {"image": uint8 NHWC, "tokens", "mask", "row": [B]}: (loss, (model_state, metrics)).
@@ -58,7 +59,7 @@ class StageCTask(CompressorLatents):
         raw = batch["latents"] if "latents" in batch else self.compress(groups, unit(batch["image"]))
         x0 = jax.lax.stop_gradient(self.scaled(groups, raw))
         text = self.text.features(groups, batch, chance(drop_key, self.config.text_dropped))
-        loss_B = self.denoiser.loss(groups["stage_c"], x0, (text,), keys_B=loss_key, key=net_key)
+        loss_B = self.denoiser.loss(groups[self.group], x0, (text,), keys_B=loss_key, key=net_key)
         return jnp.mean(loss_B), (model_state, {"latent_deviation": jnp.std(x0)})
 
     def feature_key(self, tokenizer) -> dict:
@@ -69,7 +70,7 @@ class StageCTask(CompressorLatents):
         """`cond` for `denoiser.advance`; with `guided` of 2 x batch: `negative` (tokens, mask), or the empty text, without."""
         if guided:
             tokens, mask = guided_text(tokens, mask, negative)
-        return self.denoiser.condition(groups["stage_c"], self.text.encode(groups, tokens, mask))
+        return self.denoiser.condition(groups[self.group], self.text.encode(groups, tokens, mask))
 
     def preview(self, groups, batch) -> dict[str, Array]:
         """First three channels of each image's latents beside those sampled for its caption, +-3 deviations as black to white."""
@@ -79,8 +80,8 @@ class StageCTask(CompressorLatents):
         def condition(guided):
             dropped = (none, ~none) if guided else (none,)
             text = jnp.concatenate([self.text.features(groups, batch, dropped_B) for dropped_B in dropped])
-            return self.denoiser.condition(groups["stage_c"], text)
+            return self.denoiser.condition(groups[self.group], text)
 
-        made = self.denoiser.preview(groups["stage_c"], condition, len(truth), truth.shape[1:], self.config.sampling)
+        made = self.denoiser.preview(groups[self.group], condition, len(truth), truth.shape[1:], self.config.sampling)
         pairs = rearrange([truth, made], "pair b h w c -> (b pair) h w c")[..., :3]
         return {"latents": jnp.clip(pairs / 3, -1, 1)}

@@ -142,7 +142,8 @@ class Run:
         """The state of step 0: jitted init into its shardings, groups filled from other runs and public weights."""
         init = jax.jit(self.task.init, out_shardings=(self.shardings.params, self.shardings.model_state))
         made = init(self.key)
-        groups = warm_start.fill(made[0] | made[1], dict(self.config.init), self.workdir)
+        borrowed = getattr(self.task, "borrowed", None)
+        groups = warm_start.fill(made[0] | made[1], dict(self.config.init), self.workdir, borrowed)
         if hasattr(self.task, "pretrained"):
             groups = warm_start.overlay(groups, self.task.pretrained())
         params, model_state = ({name: groups[name] for name in part} for part in made)
