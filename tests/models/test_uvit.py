@@ -89,19 +89,6 @@ def test_skips_are_taken_in_reverse(trained, images):
     assert np.abs(call(base | {"encoder": closed(encoder, 1)}, images) - second).max() > 1e-2
 
 
-def test_images_do_not_mix(trained, images):
-    alone = call(trained, images[1:], LEVELS[1:], LABELS[1:])
-    np.testing.assert_allclose(call(trained, images)[1:], alone, atol=1e-5)
-
-
-def test_level_label_and_null_class_change_the_output(trained, images):
-    outputs = [call(trained, images), call(trained, images, levels=LEVELS + 0.2)]
-    outputs += [call(trained, images, labels=jnp.full(2, label)) for label in (1, 3)]
-    assert np.isfinite(outputs).all()
-    for i, one in enumerate(outputs):
-        assert all(np.abs(one - other).max() > 1e-2 for other in outputs[:i])
-
-
 def test_scan_unrolled_and_rematerialised_are_equal(trained, images):
     """In values and gradients, on one tree of parameters."""
 
@@ -115,40 +102,6 @@ def test_scan_unrolled_and_rematerialised_are_equal(trained, images):
 
     for found, expected in zip(jax.tree.leaves(run(unroll=True, remat=True)), jax.tree.leaves(run()), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_the_jvp_is_the_finite_difference(trained, images):
-    with jax.enable_x64(True):
-        model = MODEL.clone(dtype=jnp.float64, level_scale=2.0)
-        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), trained)
-        run = jax.jit(lambda x, level: model.apply({"params": wide}, x, level, LABELS))
-        point = (jnp.asarray(images, jnp.float64), jnp.asarray(LEVELS, jnp.float64))
-        for direction in ((jnp.cos(point[0]), 0 * point[1]), (0 * point[0], jnp.asarray([[1.0], [-0.5]]))):
-            tangent = jax.jvp(run, point, direction)[1]
-            step = 1e-5
-            ends = [run(*(a + sign * step * b for a, b in zip(point, direction, strict=True))) for sign in (1, -1)]
-            assert tangent.dtype == jnp.float64 and np.abs(tangent).max() > 0.1
-            np.testing.assert_allclose(tangent, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-7)
-
-
-def test_dropout_follows_its_key(trained, images):
-    model = MODEL.clone(dropout=0.5)
-    run = jax.jit(
-        lambda key: model.apply({"params": trained}, images, LEVELS, LABELS, deterministic=False, rngs={"dropout": key})
-    )
-    np.testing.assert_array_equal(run(jax.random.key(0)), run(jax.random.key(0)))
-    assert np.abs(run(jax.random.key(0)) - run(jax.random.key(1))).max() > 1e-2
-
-
-def test_bfloat16_computes_with_float32_parameters(trained, images):
-    model = MODEL.clone(dtype=jnp.bfloat16)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images, LEVELS, LABELS)
-    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    text = str(jax.make_jaxpr(lambda p: model.apply({"params": p}, images, LEVELS, LABELS))(trained))
-    assert "bf16[2,8,64]" in text  # the MLP's hidden layer
-    found = jax.jit(model.apply)({"params": trained}, images, LEVELS, LABELS)
-    normal = call(trained, images)
-    assert found.dtype == jnp.float32 and 0 < np.abs(found - normal).max() < 0.1 * np.abs(normal).max()
 
 
 @pytest.mark.parametrize(
