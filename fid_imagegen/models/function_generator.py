@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from fid_imagegen.models.image_function import FUNCTION_PRESETS, CoordinateMLP, ImageFunctions
+from fid_imagegen.models.coordinate_mlp import FUNCTION_PRESETS, CoordinateMLP
+from fid_imagegen.models.image_function import ImageFunctions
 from fid_imagegen.models.layers import (
     XAVIER,
     DecoderBlock,

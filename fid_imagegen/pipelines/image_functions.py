@@ -18,7 +18,8 @@ from jaxtyping import UInt8
 from fid_imagegen import tasks
 from fid_imagegen.interop.safetensors_io import load_tree, save_tree
 from fid_imagegen.models import rendering
-from fid_imagegen.models.image_function import CoordinateMLP, Guided, ImageFunctions, NativeTerm, PixelGrid
+from fid_imagegen.models.coordinate_mlp import CoordinateMLP
+from fid_imagegen.models.image_function import Guided, ImageFunctions, NativeTerm, PixelGrid
 from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.pipelines.edits import projection
 from fid_imagegen.tasks.generator import to_float

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fid_imagegen.models.coordinate_mlp import CoordinateMLP
 from fid_imagegen.models.function_generator import (
     PRESETS,
     FunctionGenerator,
@@ -12,7 +13,6 @@ from fid_imagegen.models.function_generator import (
     PatchEmbedding,
     function_kind,
 )
-from fid_imagegen.models.image_function import CoordinateMLP
 
 KIND = CoordinateMLP(channels=3, width=8, depth=3, bands=2, groups=4, cutoff=4.0)
 MODEL = FunctionGenerator(

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 from fid_imagegen.models import image_function, resampling
+from fid_imagegen.models.coordinate_mlp import FUNCTION_PRESETS, CoordinateMLP, fourier_features
 from fid_imagegen.models.function_generator import function_kind
 from fid_imagegen.models.image_function import (
-    FUNCTION_PRESETS,
-    CoordinateMLP,
     axis_coordinates,
     evaluate_rematerialised,
-    fourier_features,
     pixel_cell,
     pixel_grid,
     variational_coordinates,

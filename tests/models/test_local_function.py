@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fid_imagegen.models.coordinate_mlp import fourier_features
 from fid_imagegen.models.function_generator import FunctionGenerator, LocalPredictor, function_kind
 from fid_imagegen.models.image_function import (
     ImageFunctions,
     PixelGrid,
     axis_coordinates,
     evaluate,
-    fourier_features,
     pixel_cell,
     pixel_grid,
 )

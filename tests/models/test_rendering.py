@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fid_imagegen.models import rendering
-from fid_imagegen.models.image_function import CoordinateMLP, axis_coordinates, evaluate, pixel_cell, pixel_grid
+from fid_imagegen.models.coordinate_mlp import CoordinateMLP
+from fid_imagegen.models.image_function import axis_coordinates, evaluate, pixel_cell, pixel_grid
 from fid_imagegen.models.rendering import quantise, render
 
 GREY = CoordinateMLP(channels=1, width=8, depth=3, bands=4, groups=4, cutoff=6.0)
