@@ -114,9 +114,7 @@ def test_outputs_are_those_of_diffusers(model):
     side = 4 * model.patch
     image = np.random.default_rng(1).standard_normal((3, side, side, model.channels)).astype(np.float32)
     label = np.asarray([0, 1, model.num_classes])
-    run = jax.jit(
-        lambda level: model.apply({"params": params}, image, (level / (1000 / model.level_scale))[:, None], label)
-    )
+    run = jax.jit(lambda level: model.apply({"params": params}, image, level[:, None] / model.level_scale, label))
     for shift, steps in ((1, (0.0, 0.0, 0.0)), (0, (999.0, 250.0, 7.0))):
         for block in twin.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = shift
