@@ -53,19 +53,20 @@ def decided(one: dict, other: dict) -> bool:
     return abs(one["mean"] - other["mean"]) > max(one["spread"], other["spread"])
 
 
-def plot(table: dict[str, dict], metric: str, path: Path) -> None:
-    """One line an arm: its seeds' mean and spread."""
+def plot(grouped: dict[str, list[dict]], metric: str, path: Path) -> None:
+    """One line an arm: a dot a seed, and a bar at their mean."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(table) + 1), layout="constrained")
-    rows = range(len(table))
-    means, spreads = ([arm[metric][key] for arm in table.values()] for key in ("mean", "spread"))
-    axes.errorbar(means, rows, xerr=np.asarray(spreads) / 2, fmt="o", capsize=4)
-    axes.set_yticks(rows, [_short(name) for name in table])
-    axes.invert_yaxis()
+    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(grouped) + 1), layout="constrained")
+    for row, units in enumerate(grouped.values()):
+        values = [unit[metric] for unit in units]
+        axes.plot(values, [row] * len(values), "o", color="C0")
+        axes.plot(np.mean(values), row, "|", color="C1", markersize=20)
+    axes.set_yticks(range(len(grouped)), [_short(name) for name in grouped])
+    axes.set_ylim(len(grouped) - 0.5, -0.5)
     axes.set_xlabel(metric)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -90,14 +91,15 @@ def main():
         units.append({"unit": path.parent.name, "overrides": json.loads(path.read_text())["overrides"], **found})
         print(path.parent.name, found, flush=True)
     metrics = [metric for metric in ("frechet", "judged") if metric in units[0]]
-    table = {name: {metric: summary(group, metric) for metric in metrics} for name, group in arms(units).items()}
+    grouped = arms(units)
+    table = {name: {metric: summary(group, metric) for metric in metrics} for name, group in grouped.items()}
     best = min(table, key=lambda name: table[name]["frechet"]["mean"])
     for name, found in table.items():
         found["against_best"] = "decided" if decided(found["frechet"], table[best]["frechet"]) else "undecided"
         print(_short(name), json.dumps(found))
     report = {"features": args.features, "steps": args.steps, "arms": table, "units": units}
     (args.experiment / "study.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(table, "frechet", args.experiment / "study.png")
+    plot(grouped, "frechet", args.experiment / "study.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ SHAPE = (4, 3, 2)
 # x0 returned by a last step: the cosine path ends at alpha_bar = 0.9999, not at 1.
 LAST_STEP = {"eps_ab": 2e-3, "eps_ab_sigmoid": 2e-3, "v": 2e-3, "flow": 1e-5, "edm": 1e-4, "edm_paper": 1e-4}
 # Where sigma_data is 1, it could be left out unseen.
-LAWS = FORMS | {"edm_paper": EDM(NoiseRange(0.002, 80.0, 0.5), mean=-1.2, deviation=1.2)}
+# Jumps are steps of consistency functions, not of denoisers: tests/tasks/test_stage_c_jumps.py.
+LAWS = {name: law for name, law in FORMS.items() if name != "jump"}
+LAWS |= {"edm_paper": EDM(NoiseRange(0.002, 80.0, 0.5), mean=-1.2, deviation=1.2)}
 every_form = pytest.mark.parametrize("name", LAWS)
 
 
