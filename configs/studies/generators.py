@@ -1,4 +1,4 @@
-"""Does the generator of functions lose to its twin of one fixed size? Global and local functions against DiT and U-ViT.
+"""Does the generator of functions lose to its twin of one fixed size? Global, local, per-patch functions against DiT and U-ViT.
 
     python -m launch.run --config configs/studies/generators.py --sweep generator,seed
     python -m benchmarks.study --experiment runs/generators
@@ -25,6 +25,12 @@ def local_functions(config) -> None:
     config.model.update({"function": "local64", "extractor_depth": 6})
 
 
+def patches(config) -> None:
+    """A small MLP of every patch's own, fading into its neighbours'."""
+    _unset(config)
+    config.model.update({"function": "patch32", "extractor_depth": 5})
+
+
 def dit(config) -> None:
     """DiT of ten blocks."""
     config.model.update({"network": "dit", "depth": 10})
@@ -35,7 +41,7 @@ def uvit(config) -> None:
     config.model.update({"network": "uvit", "depth": 8, "width": 88})
 
 
-VARIANTS = {"global": lambda config: None, "local": local_functions, "dit": dit, "uvit": uvit}
+VARIANTS = {"global": lambda config: None, "local": local_functions, "patches": patches, "dit": dit, "uvit": uvit}
 
 
 def get_sweep():

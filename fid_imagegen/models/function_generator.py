@@ -26,6 +26,7 @@ from fid_imagegen.models.layers import (
     stack,
 )
 from fid_imagegen.models.local_function import LOCAL_PRESETS, LocalMLP
+from fid_imagegen.models.patch_function import PATCH_PRESETS, PatchMLP
 
 # The predictor holds less than half of the parameters, as the paper says. S has DiT-S's trunk, B and L the wider ones.
 PRESETS = {
@@ -98,7 +99,7 @@ class FunctionPredictor(nn.Module):
 class LocalPredictor(nn.Module):
     """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features."""
 
-    kind: LocalMLP
+    kind: LocalMLP | PatchMLP
     width: int
     heads: int
     depth: int
@@ -130,7 +131,7 @@ class FunctionGenerator(nn.Module):
     preconditioning says it.
     """
 
-    kind: CoordinateMLP | LocalMLP
+    kind: CoordinateMLP | LocalMLP | PatchMLP
     image_size: int
     patch: int
     width: int
@@ -167,7 +168,7 @@ class FunctionGenerator(nn.Module):
             qk_norm=self.qk_norm,
             **common,
         )
-        predictor = LocalPredictor if isinstance(self.kind, LocalMLP) else FunctionPredictor
+        predictor = FunctionPredictor if isinstance(self.kind, CoordinateMLP) else LocalPredictor
         self.predictor = predictor(self.kind, depth=self.predictor_depth, **common)
         self.function = self.param("function", self.kind.init_shared)
 
@@ -202,26 +203,26 @@ def function_kind(
     activation: str = "relu",
     weight_update: str = "normalize",
     **sizes,
-) -> CoordinateMLP | LocalMLP:
+) -> CoordinateMLP | LocalMLP | PatchMLP:
     """The image function of a named size, `sizes` in the place of the preset's.
 
-    cutoff, activation and weight_update are a global function's; cutoff: "nyquist" (image_size / 2) or cycles per image. A local
-    function's bands are whole numbers a patch, up to the Nyquist rate of its pixels if `sizes` do not say otherwise.
+    cutoff, activation and weight_update are a global function's; cutoff: "nyquist" (image_size / 2) or cycles per image. The
+    bands of the others are counted by the patch, up to the Nyquist rate of its pixels if `sizes` do not say otherwise.
     """
-    if preset not in FUNCTION_PRESETS | LOCAL_PRESETS:
+    presets = FUNCTION_PRESETS | LOCAL_PRESETS | PATCH_PRESETS
+    if preset not in presets:
         raise ValueError(
-            f"found function preset {preset!r}, expected one of {sorted(FUNCTION_PRESETS | LOCAL_PRESETS)}; "
-            "change config.model.function"
+            f"found function preset {preset!r}, expected one of {sorted(presets)}; change config.model.function"
         )
-    made = LocalMLP if preset in LOCAL_PRESETS else CoordinateMLP
+    made = LocalMLP if preset in LOCAL_PRESETS else PatchMLP if preset in PATCH_PRESETS else CoordinateMLP
     if unknown := sorted(set(sizes) - {field.name for field in dataclasses.fields(made)}):
         raise ValueError(
             f"found {', '.join(unknown)} for function {preset!r}, which has none; leave it out of config.model"
         )
-    if made is LocalMLP:
-        patches, bands = image_size // patch, max(1, patch // 2)
-        here = {"channels": channels, "rows": patches, "columns": patches, "bands": bands}
-        return LocalMLP(**(here | LOCAL_PRESETS[preset] | sizes))
+    if made is not CoordinateMLP:
+        bands = max(1, patch // 2) if made is LocalMLP else 2 * patch
+        here = {"channels": channels, "rows": image_size // patch, "columns": image_size // patch, "bands": bands}
+        return made(**(here | presets[preset] | sizes))
     try:
         cutoff = image_size / 2 if cutoff == "nyquist" else float(cutoff)
     except ValueError:
@@ -229,4 +230,4 @@ def function_kind(
             f"found cutoff {cutoff!r}, expected 'nyquist' or cycles per image, such as 1024; change config.model.cutoff"
         ) from None
     here = {"channels": channels, "cutoff": cutoff, "activation": activation, "weight_update": weight_update}
-    return CoordinateMLP(**(here | FUNCTION_PRESETS[preset] | sizes))
+    return CoordinateMLP(**(here | presets[preset] | sizes))

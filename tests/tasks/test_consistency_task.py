@@ -115,6 +115,7 @@ RIVALS = {
     "uvit": {"model.network": "uvit", "model.heads": 2, "model.depth": 2},
     "low_rank": {"model.weight_update": "low_rank", "model.integrated": True},
     "local": {"model.function": "local64"} | UNSET,
+    "patches": {"model.function": "patch32"} | UNSET,
 }
 
 
