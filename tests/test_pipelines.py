@@ -85,6 +85,21 @@ def test_saved_functions_render_bit_for_bit(functions, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "changes", [{"model.network": "dit", "model.heads": 2, "model.depth": 1}, {"model.function": "patch32"}], ids=str
+)
+def test_other_kinds_of_functions_are_saved_too(changes, tmp_path):
+    """Pixels, which share nothing, and functions of patches."""
+    unset = {f"model.{name}": None for name in ("function_width", "function_depth", "bands", "groups")}
+    other = ImageFunctionPipeline(make_config(**unset, **changes), None)
+    other.params = jax.jit(other.task.init)(jax.random.key(0))[0]
+    made = other.generate(2, steps=2)
+    made.save(tmp_path / "f.safetensors")
+    again = RenderableFunctions.load(tmp_path / "f.safetensors")
+    assert again.functions.kind == made.functions.kind
+    np.testing.assert_array_equal(again.render(12, 17), made.render(12, 17))
+
+
 def test_every_field_of_a_function_is_saved(functions, tmp_path):
     unusual = {"activation": "sine", "cutoff": 1 / 3, "omega": 0.1, "weight_update": "normalize", "dtype": "bfloat16"}
     kind = dataclasses.replace(functions.functions.kind, **unusual)
