@@ -52,5 +52,5 @@ class ContinuousConsistencyTraining(Objective):
         g = -(cos**2) * (data * before - dx_dt) - ramp * (cos * sin * x_t + data * derivative)
         norm = jnp.sqrt(jnp.sum(g**2, axis=(1, 2, 3), keepdims=True))
         wanted = jax.lax.stop_gradient(before + g / (norm + self.normaliser))
-        loss = jnp.mean((velocity(x_t, t_B) - wanted) ** 2, axis=(1, 2, 3))
+        loss = jnp.mean((before - wanted) ** 2, axis=(1, 2, 3))
         return loss, {"tangent": jnp.mean(norm), "ramp": jnp.float32(ramp)}
