@@ -41,8 +41,9 @@ def angle(sigma: Sigma, noise: NoiseRange) -> Sigma:
     return jnp.arctan(sigma / noise.sigma_data)
 
 
-def flow_time(sigma: Sigma) -> Sigma:
+def flow_time(sigma: Sigma, noise: NoiseRange) -> Sigma:
     """t of z = (1 - t) x0 + t z': sigma / (1 + sigma)."""
+    del noise
     return sigma / (1 + sigma)
 
 
@@ -66,8 +67,7 @@ def _flow_in(sigma: Sigma, noise: NoiseRange) -> Sigma:
 
 
 def _flow_out(sigma: Sigma, noise: NoiseRange) -> Sigma:
-    del noise
-    return jnp.minimum(flow_time(sigma) / SMALLEST_TIME, 1)
+    return jnp.minimum(flow_time(sigma, noise) / SMALLEST_TIME, 1)
 
 
 def _flow_skip(sigma: Sigma, noise: NoiseRange) -> Sigma:
@@ -92,18 +92,11 @@ class Preconditioning:
         return jnp.stack([time(sigma, noise) for time in self.times], axis=-1)
 
 
-def _flow_level(sigma: Sigma, noise: NoiseRange) -> Sigma:
-    del noise
-    return flow_time(sigma)
-
-
 PRECONDITIONINGS = {
     "edm": Preconditioning(c_skip, _edm_out, clean_scale=lambda noise: noise.sigma_data),
     "x0_blend": Preconditioning(c_skip, _blend_out, clean_scale=lambda noise: 1.0),
     # Its network is told t and t - r, the length of the jump: to r = 0 both are t.
-    "mean_flow": Preconditioning(
-        _flow_skip, _flow_out, lambda noise: 1.0, c_in=_flow_in, times=(_flow_level, _flow_level)
-    ),
+    "mean_flow": Preconditioning(_flow_skip, _flow_out, lambda noise: 1.0, c_in=_flow_in, times=(flow_time, flow_time)),
 }
 TIMES = {"log": c_noise, "angle": angle}
 

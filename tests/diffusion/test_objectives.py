@@ -8,7 +8,6 @@ import pytest
 from fid_imagegen.diffusion import objectives
 from fid_imagegen.diffusion.distances import l2, pseudo_huber
 from fid_imagegen.diffusion.noise import NoiseRange, ct_levels, ct_target_decay, ict_levels, karras_sigma
-from fid_imagegen.diffusion.objectives.pairs import pair_distance
 from fid_imagegen.diffusion.preconditioning import c_skip, preconditioning
 
 NOISE = NoiseRange()
@@ -125,19 +124,8 @@ def test_equal_levels_have_no_distance(form):
         return x + jax.random.normal(key, x.shape)
 
     sigma = jnp.geomspace(0.002, 80, BATCH)
-    loss = pair_distance(
-        noisy_net,
-        noisy_net,
-        X0,
-        None,
-        sigma_B=sigma,
-        lower_B=sigma,
-        keys=KEYS,
-        key=KEY,
-        noise=NOISE,
-        form=preconditioning(form),
-        distance=l2,
-    )
+    objective = build("ict", form=form)
+    loss = objective.pair_distance(noisy_net, noisy_net, X0, None, sigma, sigma, keys=KEYS, key=KEY)
     np.testing.assert_array_equal(loss, np.zeros(BATCH))
 
 

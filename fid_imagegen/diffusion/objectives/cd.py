@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from fid_imagegen.diffusion.noise import check_levels, karras_sigma
 from fid_imagegen.diffusion.objectives.objective import Objective
-from fid_imagegen.diffusion.objectives.pairs import two_level_distance
-from fid_imagegen.diffusion.preconditioning import consistency_function, per_image
+from fid_imagegen.diffusion.preconditioning import per_image
 from fid_imagegen.diffusion.samplers import heun_step
 
 
@@ -40,12 +39,7 @@ class ConsistencyDistillation(Objective):
         index = jax.vmap(draw)(keys[:, 0]).astype(jnp.float32)
         sigma, lower = (karras_sigma(i, self.levels, self.noise) for i in (index, index + 1))
         noisy = x0 + per_image(sigma) * self.draw(keys[:, 1], x0.shape[1:])
-        common = {"noise": self.noise, "form": self.form}
-
-        def teacher(x, sigma_B):
-            return consistency_function(nets["teacher"], x, sigma_B, cond, key=None, **common)
-
+        teacher = lambda x, sigma_B: self.f(nets["teacher"], x, sigma_B, cond, key=None)  # noqa: E731
         behind = jax.lax.stop_gradient(heun_step(teacher, noisy, sigma, lower)), lower
         target = nets.get("target", nets["student"])
-        common |= {"key": key, "distance": self.distance}
-        return two_level_distance(nets["student"], target, (noisy, sigma), behind, cond, **common), {}
+        return self.compared(nets["student"], target, (noisy, sigma), behind, cond, key=key), {}

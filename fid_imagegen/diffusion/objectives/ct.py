@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from fid_imagegen.diffusion.noise import check_levels, ct_levels, ct_target_decay, karras_sigma
 from fid_imagegen.diffusion.objectives.objective import Objective
-from fid_imagegen.diffusion.objectives.pairs import pair_distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +29,6 @@ class ConsistencyTraining(Objective):
         count = ct_levels(step, self.num_steps, self.s0, self.s1)
         keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
         index = jax.vmap(lambda k: jax.random.randint(k, (), 0, count - 1))(keys[:, 0]).astype(jnp.float32)
-        loss = pair_distance(
-            nets["student"],
-            nets["target"],
-            x0,
-            cond,
-            sigma_B=karras_sigma(index, count, self.noise),
-            lower_B=karras_sigma(index + 1, count, self.noise),
-            keys=keys[:, 1],
-            key=key,
-            noise=self.noise,
-            form=self.form,
-            distance=self.distance,
-            draw=self.draw,
-        )
+        levels = (karras_sigma(i, count, self.noise) for i in (index, index + 1))
+        loss = self.pair_distance(nets["student"], nets["target"], x0, cond, *levels, keys=keys[:, 1], key=key)
         return loss, {"levels": count.astype(jnp.float32), "target_decay": self.target_decay(step)}

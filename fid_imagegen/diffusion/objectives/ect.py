@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from fid_imagegen.diffusion.noise import lognormal_sigmas
 from fid_imagegen.diffusion.objectives.objective import Objective
-from fid_imagegen.diffusion.objectives.pairs import pair_distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +40,7 @@ class EasyConsistencyTuning(Objective):
         keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
         sigma = lognormal_sigmas(keys[:, 0], self.log_mean, self.log_deviation, self.noise)
         lower = self.lower_level(sigma, self.stage(step))
-        loss = pair_distance(
-            nets["student"],
-            nets["student"],
-            x0,
-            cond,
-            sigma_B=sigma,
-            lower_B=lower,
-            keys=keys[:, 1],
-            key=key,
-            noise=self.noise,
-            form=self.form,
-            distance=self.distance,
-            draw=self.draw,
-        )
+        student = nets["student"]
+        loss = self.pair_distance(student, student, x0, cond, sigma, lower, keys=keys[:, 1], key=key)
         # Levels within float noise of sigma_min have no pair below them; the clamp keeps their weight finite.
         return loss / jnp.maximum(sigma - lower, 1e-4), {"stage": self.stage(step)}

@@ -7,7 +7,7 @@ import jax
 from fid_imagegen.diffusion.distances import l2
 from fid_imagegen.diffusion.noise import lognormal_sigmas
 from fid_imagegen.diffusion.objectives.objective import Objective
-from fid_imagegen.diffusion.preconditioning import consistency_function, per_image
+from fid_imagegen.diffusion.preconditioning import per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,6 @@ class Diffusion(Objective):
         keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
         sigma = lognormal_sigmas(keys[:, 0], self.log_mean, self.log_deviation, self.noise)
         noisy = x0 + per_image(sigma) * self.draw(keys[:, 1], x0.shape[1:])
-        found = consistency_function(nets["student"], noisy, sigma, cond, key=key, noise=self.noise, form=self.form)
+        found = self.f(nets["student"], noisy, sigma, cond, key=key)
         data = self.noise.sigma_data
         return (sigma**2 + data**2) / (sigma * data) ** 2 * l2(found, x0), {}

@@ -13,7 +13,6 @@ from fid_imagegen.diffusion.noise import (
     lognormal_sigmas,
 )
 from fid_imagegen.diffusion.objectives.objective import Objective
-from fid_imagegen.diffusion.objectives.pairs import pair_distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +34,6 @@ class ImprovedConsistencyTraining(Objective):
         drawn = lognormal_sigmas(keys[:, 0], self.log_mean, self.log_deviation, self.noise)
         index = karras_cell(drawn, count, self.noise).astype(jnp.float32)
         sigma, lower = karras_sigma(index, count, self.noise), karras_sigma(index + 1, count, self.noise)
-        loss = pair_distance(
-            nets["student"],
-            nets["student"],
-            x0,
-            cond,
-            sigma_B=sigma,
-            lower_B=lower,
-            keys=keys[:, 1],
-            key=key,
-            noise=self.noise,
-            form=self.form,
-            distance=self.distance,
-            draw=self.draw,
-        )
+        student = nets["student"]
+        loss = self.pair_distance(student, student, x0, cond, sigma, lower, keys=keys[:, 1], key=key)
         return loss / (sigma - lower), {"levels": count.astype(jnp.float32)}

@@ -46,7 +46,7 @@ class MeanFlow(Objective):
     def times(self, keys: Key[Array, "batch"]) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
         """(t, r) of every image, r <= t."""
         normal = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), (2,)))(keys)
-        low, high = (flow_time(sigma) for sigma in (self.noise.sigma_min, self.noise.sigma_max))
+        low, high = (flow_time(sigma, self.noise) for sigma in (self.noise.sigma_min, self.noise.sigma_max))
         drawn = jnp.clip(jax.nn.sigmoid(self.logit_mean + self.logit_deviation * normal), low, high)
         t_B, r_B = drawn.max(axis=1), drawn.min(axis=1)
         equal = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(keys) < self.instant

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fid_imagegen.diffusion.noise import lognormal_sigmas
 from fid_imagegen.diffusion.objectives.objective import Objective
-from fid_imagegen.diffusion.preconditioning import angle, consistency_function, per_image
+from fid_imagegen.diffusion.preconditioning import angle, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ContinuousConsistencyTraining(Objective):
 
         def velocity(x_t, t_B):
             x, sigma_B = x_t / per_image(jnp.cos(t_B)), data * jnp.tan(t_B)
-            f = consistency_function(nets["student"], x, sigma_B, cond, key=key, noise=self.noise, form=self.form)
+            f = self.f(nets["student"], x, sigma_B, cond, key=key)
             return (per_image(jnp.cos(t_B)) * x_t - f) / (data * per_image(jnp.sin(t_B)))
 
         # Multiplied by cos t sin t the derivative stays bounded at both ends of the path.
