@@ -33,7 +33,7 @@ def pipe():
     [("inpaint", {"mask": MASK}), ("colourise", {}), ("super_resolve", {"factor": 4})],
 )
 def test_edits_keep_what_is_known_and_nothing_else(pipe, edit, settings):
-    known = projection(PIXELS, edit, pipe.config.data, **settings)
+    known = projection(edit, settings.get("mask"), settings.get("factor"))
     edited = pipe.edit(PIXELS, edit, steps=3, **settings)
     values = render(edited.functions, 8, 8)
     np.testing.assert_allclose(known(values), known(to_float(PIXELS)), atol=2e-5)
@@ -65,3 +65,17 @@ def test_edits_keep_what_is_known_and_nothing_else(pipe, edit, settings):
 def test_edits_that_cannot_be(pipe, changes, message):
     with pytest.raises(ValueError, match=message):
         pipe.edit(**{"images": PIXELS, "edit": "inpaint", "mask": MASK} | changes)
+
+
+def test_an_edit_has_the_size_of_the_generators_grid_and_is_compiled_once(pipe):
+    """Where the noise has a grid of its own, that is what the network sees."""
+    config = pipe.config.copy_and_resolve_references()
+    config.unlock()
+    config.update({"grid": 8, "window": 4, "variational": False})
+    config.data.image_size = 16
+    large = ImageFunctionPipeline(config.lock(), pipe.params)
+    for seed in (0, 1):
+        made = large.edit(PIXELS, "super_resolve", factor=4, steps=2, seed=seed)
+    assert made.render(16, 16).shape == (2, 16, 16, 3) and large._edit._cache_size() == 1
+    with pytest.raises(ValueError, match=r"expected uint8 \[batch, 8, 8, 3\]"):
+        large.edit(np.zeros((2, 16, 16, 3), np.uint8), "colourise")

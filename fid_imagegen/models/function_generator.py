@@ -220,6 +220,10 @@ def function_kind(
             f"found {', '.join(unknown)} for function {preset!r}, which has none; leave it out of config.model"
         )
     if made is not CoordinateMLP:
+        if made is PatchMLP and patch % 2:
+            raise ValueError(
+                f"found patch {patch} for functions of patches, expected an even one; change config.model.patch"
+            )
         bands = max(1, patch // 2) if made is LocalMLP else 2 * patch
         here = {"channels": channels, "rows": image_size // patch, "columns": image_size // patch, "bands": bands}
         return made(**(here | presets[preset] | sizes))

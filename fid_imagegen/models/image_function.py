@@ -70,6 +70,13 @@ class PixelGrid:
         del shared
         return resample(per_image["pixels"][None], coords_N2, cell_2)[0]
 
+    def evaluate_grid(
+        self, shared: dict, per_image: dict[str, Array], grid: tuple[int, int]
+    ) -> Float[Array, "height width channels"]:
+        """The pixels themselves."""
+        del shared, grid
+        return per_image["pixels"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Guided:

@@ -68,9 +68,10 @@ class PatchMLP:
         return total / weights[:, None]
 
     def evaluate_grid(
-        self, shared: dict[str, Array], per_image: dict[str, Array], pixels: int
+        self, shared: dict[str, Array], per_image: dict[str, Array], grid: tuple[int, int]
     ) -> Float[Array, "height width channels"]:
-        """Values on the grid of `pixels` a patch, an even number: as `evaluate`, but every matrix is read once."""
+        """Values on a grid of an even number of pixels a patch: as `evaluate`, but every matrix is read once."""
+        pixels = grid[0] // self.rows
         steps = (np.arange(2 * pixels) + 0.5) / pixels - 1
         away_N2 = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2).astype(np.float32)
         footprint = jnp.full((2,), 1 / pixels)

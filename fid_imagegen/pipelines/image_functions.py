@@ -22,8 +22,9 @@ from fid_imagegen.models.coordinate_mlp import CoordinateMLP
 from fid_imagegen.models.image_function import Guided, ImageFunctions, NativeTerm, PixelGrid
 from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.models.patch_function import PatchMLP
-from fid_imagegen.pipelines.edits import projection
+from fid_imagegen.pipelines import edits
 from fid_imagegen.tasks.generator import to_float
+from fid_imagegen.tasks.networks import grid_size
 from fid_imagegen.training.runs import read_params
 
 BATCH = 64
@@ -167,14 +168,23 @@ class ImageFunctionPipeline:
 
         Raises ValueError for images of another size and for what an edit lacks or has no use for.
         """
-        project = projection(images, edit, self.config.data, mask=mask, factor=factor)
-        known, labels = project(to_float(jnp.asarray(images))), self._check_labels(len(images), labels)
-        run = jax.jit(
-            lambda params, known: self.task.edit(
-                params, jax.random.key(seed), jnp.arange(len(images)), known, project, steps=steps, label_B=labels
-            )
-        )
-        return RenderableFunctions(run(self.params, known))
+        size, channels = grid_size(self.config), self.config.data.channels
+        edits.check(images, edit, size, channels, mask=mask, factor=factor)
+        labels = self._check_labels(len(images), labels)
+        mask = None if mask is None else jnp.asarray(mask, jnp.float32)
+        asked = {"edit": edit, "factor": factor, "steps": steps, "label_B": labels}
+        return RenderableFunctions(self._edit(self.params, jax.random.key(seed), jnp.asarray(images), mask, **asked))
+
+    @functools.cached_property
+    def _edit(self):
+        """Compiled once for each edit, number of images and number of steps."""
+
+        def run(params, key, images, mask, *, edit, factor, steps, label_B):
+            project, x = edits.projection(edit, mask, factor), to_float(images)
+            index_B = jnp.arange(len(images))
+            return self.task.edit(params, key, index_B, project(x), project, steps=steps, label_B=label_B)
+
+        return jax.jit(run, static_argnames=("edit", "factor", "steps"))
 
     def _check_labels(self, num: int, labels):
         if labels is None:

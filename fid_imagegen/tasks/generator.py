@@ -14,7 +14,6 @@ from fid_imagegen.models.image_function import (
     pixel_grid,
     variational_coordinates,
 )
-from fid_imagegen.models.patch_function import PatchMLP
 
 
 def to_float(images: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
@@ -26,25 +25,16 @@ def render_native(
     functions: ImageFunctions, *, key: Key[Array, ""] | None, chunk: int
 ) -> Float[Array, "batch height width channels"]:
     """Values on the training grid; with a `key` at variational coordinates, the same for the whole batch."""
-    if isinstance(functions.kind, PixelGrid):
-        values, native = functions.per_image["pixels"], functions.native
+    kind, (height, width), native = functions.kind, functions.grid, functions.native
+    # Pixels have no coordinates that could be jittered.
+    if isinstance(kind, PixelGrid) or (key is None and hasattr(kind, "evaluate_grid")):
+        values = jax.vmap(lambda one: kind.evaluate_grid(functions.shared, one, (height, width)))(functions.per_image)
         return values if native is None else per_image(native.skip) * native.noisy + per_image(native.out) * values
-    height, width = functions.grid
-    if isinstance(functions.kind, PatchMLP) and key is None and height // functions.kind.rows % 2 == 0:
-        return _render_patches(functions)
     coords = jnp.asarray(pixel_grid(height, width))
     if key is not None:
         coords = variational_coordinates(coords, key, size=max(height, width))
     values = evaluate_rematerialised(functions, coords, jnp.asarray(pixel_cell(height, width)), chunk=chunk)
     return rearrange(values, "b (h w) c -> b h w c", h=height)
-
-
-def _render_patches(functions: ImageFunctions) -> Float[Array, "batch height width channels"]:
-    """As `evaluate` on the training grid, but for the order of additions: every patch's matrices are read once."""
-    kind, native = functions.kind, functions.native
-    pixels = functions.grid[0] // kind.rows
-    values = jax.vmap(lambda one: kind.evaluate_grid(functions.shared, one, pixels))(functions.per_image)
-    return values if native is None else per_image(native.skip) * native.noisy + per_image(native.out) * values
 
 
 def image_functions(model, params, x, levels_BK, label_B, **settings) -> ImageFunctions:

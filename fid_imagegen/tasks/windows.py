@@ -13,9 +13,9 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from fid_imagegen.diffusion.noise import example_normal
-from fid_imagegen.models.image_function import ImageFunctions, evaluate_rematerialised, pixel_cell, pixel_grid
+from fid_imagegen.models.image_function import ImageFunctions, evaluate_rematerialised, pixel_cell
 from fid_imagegen.models.resampling import resample
-from fid_imagegen.tasks.generator import image_functions
+from fid_imagegen.tasks.generator import image_functions, render_native
 
 Pixels = Float[Array, "batch pixels 1 channels"]
 
@@ -61,12 +61,9 @@ class Windows:
 
     def render(self, functions: ImageFunctions, *, chunk: int) -> Pixels:
         """Values on the grid and in the window."""
-        places = (jnp.asarray(pixel_grid(self.grid, self.grid)), self.grid), (self.coordinates, self.size)
-        values = [
-            evaluate_rematerialised(functions, coords, jnp.asarray(pixel_cell(side, side)), chunk=chunk)
-            for coords, side in places
-        ]
-        return jnp.concatenate(values, axis=1)[:, :, None]
+        cell = jnp.asarray(pixel_cell(self.size, self.size))
+        inside = evaluate_rematerialised(functions, self.coordinates, cell, chunk=chunk)
+        return self._joined(render_native(functions, key=None, chunk=chunk), inside)
 
     def _joined(self, *parts: Array) -> Pixels:
         flat = [rearrange(part, "b h w c -> b (h w) 1 c") if part.ndim == 4 else part[:, :, None] for part in parts]

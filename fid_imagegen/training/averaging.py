@@ -1,5 +1,6 @@
 """Weighted averages of parameters: over runs of one architecture, and over the snapshots of one run."""
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -40,13 +41,14 @@ def average(runs: Sequence[Path], weights: Sequence[float], out: Path) -> None:
 
 def save_snapshot(run, step: int, state) -> None:
     """Writes a run's power averages of this step, whole or not at all."""
-    names = [ema.width_name(width) for width in run.config.ema_widths]
-    gather = jax.jit(lambda tree: tree, out_shardings=meshes.replicated(run.mesh))
-    tree = gather({name: state.ema[name] for name in names} | {"model_state": state.model_state})
+    parts = {name: state.ema[name] for name in map(ema.width_name, run.config.ema_widths)}
+    parts |= {"model_state": state.model_state} if state.model_state else {}
+    where = meshes.replicated(run.mesh)
+    # One part after another on the devices: all of a large model's averages at once may not fit there whole.
+    kept = {name: jax.tree.map(np.asarray, _gathered(tree, where)) for name, tree in parts.items()}
     if jax.process_index() == 0:
         folder = run.workdir / SNAPSHOTS
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {name: jax.tree.map(np.asarray, groups) for name, groups in tree.items() if groups}
         save_tree(folder / f"{step:09d}.safetensors", kept, {"format": "fid_imagegen.snapshot.1"})
 
 
@@ -61,17 +63,23 @@ def average_of_width(run: Path, width: float, out: Path) -> None:
             f"found no snapshots in {run}, expected some; train with config.ema_widths=(0.05, 0.1) and config.ema_snapshots=1000"
         )
     config = read_config(run)
-    parts = [(file, each) for file in files for each in config.ema_widths]
-    weights = ema.combination([(int(file.stem), each) for file, each in parts], (int(files[-1].stem), width))
+    snapshots = [(int(file.stem), each) for file in files for each in config.ema_widths]
+    weights = ema.combination(snapshots, (int(files[-1].stem), width)).reshape(len(files), -1)
     total = None
-    for (file, each), weight in zip(parts, weights, strict=True):  # one snapshot in memory at a time
+    for file, own in zip(files, weights, strict=True):  # one snapshot in memory at a time
         tree, _ = load_tree(file)
-        part = jax.tree.map(lambda leaf, w=weight: w * leaf.astype(np.float64), tree[ema.width_name(each)])
-        total = part if total is None else jax.tree.map(np.add, total, part)
+        for each, weight in zip(config.ema_widths, own, strict=True):
+            part = jax.tree.map(lambda leaf, w=weight: w * leaf.astype(np.float64), tree[ema.width_name(each)])
+            total = part if total is None else jax.tree.map(np.add, total, part)
     groups = jax.tree.map(lambda leaf: leaf.astype(np.float32), total) | tree.get("model_state", {})
     with whole_folder(out) as folder:
         write_params(folder, config, groups)
         _copy_beside(run, folder)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gathered(tree, where):
+    return jax.lax.with_sharding_constraint(tree, where)
 
 
 def _copy_beside(run: Path, folder: Path) -> None:
