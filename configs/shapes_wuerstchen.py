@@ -113,8 +113,7 @@ def jumps(config):
     """Stage C's twin of one to four steps too."""
     wuerstchen.jumps(config)
     config.stage_c_jumps.num_steps = 1000
-    for group in config.stage_c_jumps.optimizers.values():
-        group.learning_rate = 3e-4
+    config.stage_c_jumps.optimizers.stage_c_jumps.learning_rate = 3e-4
 
 
 def previewer(config):

@@ -135,9 +135,14 @@ def stage_c_jumps(teacher: ConfigDict | None = None) -> ConfigDict:
         groups.stage_c_jumps = groups.stage_c
         del groups.stage_c
     config.init.update({"stage_c_jumps": "../stage_c", "teacher": "../stage_c"})
-    if "text" in config.init:  # a small encoder, trained with Stage C
-        config.init.text = "../stage_c"
+    _keep_text(config)
     return config
+
+
+def _keep_text(config: ConfigDict) -> None:
+    """A small encoder, trained with Stage C, stays as it was there."""
+    if "text" in config.init:
+        config.init.text, config.optimizers.text.learning_rate = "../stage_c", 0.0
 
 
 def previewer() -> ConfigDict:
@@ -344,6 +349,11 @@ def _tiny_c(config: ConfigDict) -> None:
     small_text(config, length=16, width=32)
 
 
+def _tiny_jumps(config: ConfigDict) -> None:
+    _tiny_c(config)
+    _keep_text(config)
+
+
 def _tiny_previewer(config: ConfigDict) -> None:
     config.compressor.update(TINY_COMPRESSOR)
     config.model.widths = (16, 16, 16, 16)
@@ -359,7 +369,7 @@ def _tiny_ldm(config: ConfigDict) -> None:
 
 
 TINY = {
-    "stage_c_jumps": _tiny_c,
+    "stage_c_jumps": _tiny_jumps,
     "stage_a": _tiny_a,
     "stage_b": _tiny_b,
     "stage_c": _tiny_c,

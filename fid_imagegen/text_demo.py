@@ -1,7 +1,7 @@
 """make demo-text: train the three stages on scenes of coloured shapes, show pictures of prompts, and check them by program.
 
 The prompts are of combinations that training never showed. Interrupted, it saves; run again, it goes on. The same for the
-baselines: `--config configs/shapes_wuerstchen.py:ldm`, `:text_only`, `:transformer`, `:b_text`.
+baselines, `--config configs/shapes_wuerstchen.py:ldm`, `:text_only`, `:transformer`, `:b_text`, and of few steps, `:jumps`.
 """
 
 import json
@@ -23,13 +23,13 @@ SHOWN = 24
 
 
 def load(stages: tuple[str, ...], workdir: Path):
-    """(the pipeline of a config's stages, what its latents' statistics are if it has a compressor)."""
+    """(the pipeline of a config's stages, the last of which draws; what its latents' statistics are if it has a compressor)."""
     from fid_imagegen.evaluation.latents import latent_report
     from fid_imagegen.pipelines import LatentDiffusionPipeline, WuerstchenPipeline
 
     if "stage_c" not in stages:
         return LatentDiffusionPipeline.from_pretrained(workdir / stages[-1]), {}
-    pipe = WuerstchenPipeline.from_pretrained(workdir)
+    pipe = WuerstchenPipeline.from_pretrained(workdir, prior=stages[-1])
     return pipe, {"latents": latent_report(pipe.stage_b)}
 
 

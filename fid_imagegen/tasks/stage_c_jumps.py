@@ -26,12 +26,17 @@ SHARED = ("latent_scale", "compressor", "text", "form")
 
 
 class StageCJumpsTask(StageCTask):
-    """Group `stage_c_jumps` is trained, a small text encoder is kept as it was; `teacher` is frozen, a Stage C of form `v`."""
+    """Group `stage_c_jumps` is trained, a small text encoder is kept (rate 0); `teacher`, a Stage C of form `v`, is frozen."""
 
     group = "stage_c_jumps"
 
     def __init__(self, config):
         super().__init__(config)
+        if "text" in self.trained and config.optimizers.text.learning_rate:
+            raise ValueError(
+                f"found a rate of {config.optimizers.text.learning_rate} for the text encoder, expected 0: the teacher reads "
+                "it too, and weight decay moves what gets no gradient; set config.optimizers.text.learning_rate=0"
+            )
         if config.form != "jump":
             raise ValueError(
                 f"found form {config.form!r} for task 'stage_c_jumps', expected 'jump'; change config.form"
@@ -76,11 +81,10 @@ class StageCJumpsTask(StageCTask):
 
     def _check_start(self, theirs, folder: str) -> None:
         wanted = {name: self.config[name] for name in SHARED} | {"form": "v"}
-        differing = [name for name in SHARED if _plain(theirs[name]) != _plain(wanted[name])]
+        pairs = {name: (_plain(theirs.get(name)), _plain(wanted[name])) for name in SHARED}
+        differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         if differing:
-            found = "; ".join(
-                f"{name} {_plain(theirs[name])!r}, expected {_plain(wanted[name])!r}" for name in differing
-            )
+            found = "; ".join(f"{name} {there!r}, expected {here!r}" for name, (there, here) in differing.items())
             raise ValueError(f"found a Stage C in {folder} of {found}; start from another, or change this config")
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):

@@ -1,6 +1,7 @@
 """Stage C as a consistency function: its path, what its loss moves, what it starts from, and pictures in one step."""
 
 import functools
+import importlib
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ from configs import wuerstchen
 from fid_imagegen import tasks
 from fid_imagegen.diffusion import cosine, targets
 from fid_imagegen.pipelines import WuerstchenPipeline
-from fid_imagegen.training import runs, warm_start
+from fid_imagegen.training import optimizer, runs, warm_start
 
 KEY = jax.random.key(0)
 
@@ -97,6 +98,22 @@ def test_a_student_starts_as_a_stage_c_of_form_v(random_stages, tmp_path):
     made.latent_scale = "published"
     with pytest.raises(ValueError, match="found a Stage C in ../stage_c of latent_scale .*, expected "):
         warm_start.fill(abstract, init, tmp_path / "stage_c_jumps", tasks.build(made).borrowed)
+    with pytest.raises(ValueError, match="found a Stage C in ../stage_b of latent_scale"):
+        shutil.copytree(random_stages / "stage_b", tmp_path / "stage_b")
+        warm_start.fill(abstract, dict.fromkeys(init, "../stage_b"), tmp_path / "stage_c_jumps", task.borrowed)
+
+
+@pytest.mark.parametrize("name", ["wuerstchen", "shapes_wuerstchen"])
+def test_the_text_encoder_comes_from_the_teacher_and_stays(name):
+    """A rate of zero, for the decay of AdamW would move what gets no gradient."""
+    made = importlib.import_module(f"configs.{name}").get_config("jumps,runlocal").stage_c_jumps
+    assert (made.init.text, made.optimizers.text.learning_rate) == ("../stage_c", 0)
+    transform = optimizer.build(made.optimizers.text, made.num_steps)
+    params = {"kernel": jnp.ones(3)}
+    updates, _ = transform.update({"kernel": jnp.zeros(3)}, transform.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"], 0)
+    with pytest.raises(ValueError, match="found a rate of 0.001 for the text encoder, expected 0"):
+        tasks.build(config(**{"optimizers.text.learning_rate": 1e-3}))
 
 
 def test_pictures_in_one_and_two_steps(random_stages, tmp_path):
@@ -104,7 +121,7 @@ def test_pictures_in_one_and_two_steps(random_stages, tmp_path):
     theirs, params = runs.read_params(folder / "stage_c")
     theirs.unlock()
     theirs.update({"task": "stage_c_jumps", "form": "jump", "distance": "l2", "teacher_guidance": 2.0})
-    theirs.objective = config().objective
+    theirs.objective, theirs.optimizers = config().objective, config().optimizers
     renamed = {"stage_c_jumps" if name == "stage_c" else name: tree for name, tree in params.items()}
     runs.write_params(folder / "stage_c_jumps", theirs, renamed)
     shutil.copyfile(folder / "stage_c" / "tokenizer.json", folder / "stage_c_jumps" / "tokenizer.json")
