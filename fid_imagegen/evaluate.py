@@ -32,7 +32,8 @@ def main(argv):
     extract = KNOWN[FEATURES.value](*([WEIGHTS.value] if WEIGHTS.value else []))
     num = NUM.value or len(sources.make_source(pipe.config.data, held_out=True))
     report = frechet_report(pipe, extract, num=num, seed=SEED.value, steps=STEPS.value)
-    report = {"features": FEATURES.value, "steps": STEPS.value, "seed": SEED.value} | report
+    steps = STEPS.value or pipe.task.objective.sampling_steps
+    report = {"features": FEATURES.value, "steps": steps, "seed": SEED.value} | report
     with (Path(WORKDIR.value) / "evaluation.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(report) + "\n")
     print(
