@@ -61,23 +61,6 @@ def test_values_are_the_definitions(functions, size):
         np.testing.assert_allclose(found[row, column], by_hand(functions, row, column, *size), rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_continuous_across_patches_and_through_their_centres(functions):
-    """Halving the distance of points halves the largest step between them; a jump would stay."""
-
-    def largest_step(count):
-        line = np.linspace(-0.99, 0.99, count)
-        coords = jnp.asarray(np.stack([np.full_like(line, 0.1), line], axis=1), jnp.float32)
-        values = np.asarray(evaluate(functions, coords, jnp.asarray([1e-3, 1e-3])))
-        return np.abs(np.diff(values, axis=1)).max()
-
-    assert 0 < largest_step(4001) < 0.6 * largest_step(2001)
-
-
-def test_a_window_is_the_crop(functions):
-    whole = render(functions, 24, 36)
-    np.testing.assert_array_equal(render(functions, 12, 18, window=(0.25, 0.25, 0.75, 0.75)), whole[:, 6:18, 9:27])
-
-
 def test_waves_are_averages_over_the_footprint():
     """Of both kinds of function: against the mean of a hundred point samples."""
     fine = axis_coordinates(400)

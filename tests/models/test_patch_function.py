@@ -54,23 +54,6 @@ def test_the_training_grid_read_patch_by_patch_is_the_same(functions):
     np.testing.assert_allclose(render_native(functions, key=None, chunk=4096), render(functions, *GRID), atol=2e-5)
 
 
-def test_it_is_continuous_across_patches(functions):
-    """Halving the distance of points halves the largest step between them; a jump would stay."""
-
-    def largest_step(count):
-        line = np.linspace(-0.99, 0.99, count)
-        coords = jnp.asarray(np.stack([np.full_like(line, 0.1), line], axis=1), jnp.float32)
-        values = np.asarray(evaluate(functions, coords, jnp.asarray([1e-3, 1e-3])))
-        return np.abs(np.diff(values, axis=1)).max()
-
-    assert 0 < largest_step(4001) < 0.6 * largest_step(2001)
-
-
-def test_a_window_is_the_crop(functions):
-    whole = render(functions, 24, 36)
-    np.testing.assert_array_equal(render(functions, 12, 18, window=(0.25, 0.25, 0.75, 0.75)), whole[:, 6:18, 9:27])
-
-
 def test_the_generator_makes_functions_of_patches():
     kind = function_kind("patch32", channels=1, image_size=8, patch=4, cutoff="nyquist", width=6)
     assert (kind.rows, kind.bands, kind.width) == (2, 8, 6)

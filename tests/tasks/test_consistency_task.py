@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs import common
+from fid_imagegen.diffusion.objectives import OBJECTIVES
 from fid_imagegen.diffusion.preconditioning import consistency_function, preconditioning
 from fid_imagegen.models.rendering import render
 from fid_imagegen.tasks.generator import render_native, to_float
@@ -134,6 +135,22 @@ def test_every_network_goes_through_the_same_task(tiny_task, random_params, batc
     f = consistency_function(net, x, sigma, labels, key=None, noise=task.noise, form=task.form)
     np.testing.assert_allclose(render(functions, 8, 8), f, atol=2e-5)
     assert render(functions, 20, 13).shape == (3, 20, 13, 1)
+
+
+@pytest.mark.parametrize("network", ["function", *RIVALS])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_objective_runs_on_each_network(tiny_task, batch, network, objective):
+    """By shapes alone: networks of meanflow are told two levels, that of cd has a teacher, of ct a target."""
+    changes = {"objective": common.objective(objective), "distance": "l2"} | DERIVATIVES.get(objective, {})
+    task = tiny_task(RIVALS.get(network, {}) | changes | {"model.num_classes": 3, "label_dropped": 0.1})
+    params = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])
+    others = dict.fromkeys((*task.tracked, *task.frozen()), params["generator"])
+    run = lambda params, others: task.loss(params | others, {}, batch, jax.random.key(0), jnp.int32(3))[0]  # noqa: E731
+    gradient = jax.eval_shape(jax.grad(run), params, others)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    draw = functools.partial(task.sample, steps=2, guidance=2.0)
+    made = jax.eval_shape(draw, params, jax.random.key(0), jnp.arange(4))
+    assert made.native.noisy.shape == (4, 8, 8, 1)
 
 
 def test_diffusion_samples_go_down_eighteen_levels(tiny_task, random_params):

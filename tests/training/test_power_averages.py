@@ -1,11 +1,14 @@
 """Power averages of the parameters, and those of other widths made of their snapshots (EDM2, arXiv 2312.02696)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fid_imagegen.parallel import mesh as meshes
 from fid_imagegen.training import ema
-from fid_imagegen.training.averaging import average_of_width
+from fid_imagegen.training.averaging import _gathered, average_of_width
+from fid_imagegen.training.checkpoint import load_groups
 from fid_imagegen.training.loop import train
 from fid_imagegen.training.runs import read_params
 
@@ -64,8 +67,6 @@ def test_snapshots_of_a_run_make_a_folder_of_any_width(toy, tmp_path):
     files = sorted(path.stem for path in (tmp_path / "run" / "snapshots").iterdir())
     assert files == [f"{step:09d}" for step in range(4, 25, 4)]
     average_of_width(tmp_path / "run", 0.1, tmp_path / "same")
-    from fid_imagegen.training.checkpoint import load_groups
-
     _, groups = load_groups(tmp_path / "run")
     made = read_params(tmp_path / "same")[1]
     np.testing.assert_allclose(
@@ -83,3 +84,12 @@ def test_widths_and_folders_that_cannot_be(toy, tmp_path):
         train(toy(ema_snapshots=2), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="found no snapshots in .*ema_widths"):
         average_of_width(tmp_path, 0.1, tmp_path / "out")
+
+
+def test_an_average_is_gathered_from_all_devices():
+    mesh = meshes.make_mesh(1, 8, 1)
+    cut = jax.device_put(jnp.arange(32.0), jax.NamedSharding(mesh, jax.P("fsdp")))
+    assert not cut.is_fully_replicated
+    whole = _gathered({"kernel": cut}, meshes.replicated(mesh))["kernel"]
+    assert whole.is_fully_replicated
+    np.testing.assert_array_equal(whole, np.arange(32.0))
