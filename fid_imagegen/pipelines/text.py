@@ -44,6 +44,17 @@ class Stage:
         """(tokens, mask) of texts, (None, None) for a stage without text."""
         return (None, None) if self.tokenizer is None else self.tokenizer(texts)
 
+    def negative(self, texts: Sequence[str] | None) -> tuple[Array, Array] | None:
+        """(tokens, mask) of what not to show; None where there are none, or no text. ValueError where guidance mixes nothing."""
+        if texts is None or self.tokenizer is None:
+            return None
+        if self.task.denoiser.told:
+            raise ValueError(
+                f"found a negative prompt for {self.config.task}, which is told its guidance and mixes nothing, expected none; "
+                "leave it out"
+            )
+        return self.tokens(texts)
+
     def steps(self, asked: int | None) -> int:
         """Sampling steps: the config's, if none are asked for. ValueError for numbers that cannot be."""
         steps = self.config.sampling.steps if asked is None else asked
@@ -53,7 +64,7 @@ class Stage:
 
     def sample(
         self,
-        condition: Callable[[bool], Any],
+        condition: Callable[[Array | None], Any],
         key: Key[Array, ""],
         count: int,
         shape: tuple[int, int, int],
@@ -62,17 +73,17 @@ class Stage:
         scale: float | None = None,
         advanced: Callable[[int], Any] = lambda done: None,
     ) -> Latents:
-        """`count` latents of `shape`, step by step so that progress can be told; condition(guided) is the task's `cond`.
+        """`count` latents of `shape`, step by step so that progress can be told; condition(scale) is the task's `cond`.
 
         steps, guidance scale (1 means none): the config's where None. `advanced` is told of every step that is done.
         """
         denoiser, params, index = self.task.denoiser, self.groups[self.config.task], jnp.arange(count)
-        scale = self.config.sampling.guidance if scale is None else scale
-        cond, scale = condition(scale != 1), None if scale == 1 else jnp.float32(scale)
+        given, mixed = denoiser.guidance(self.config.sampling.guidance if scale is None else scale)
+        cond = condition(given)
         times, noise = cosine.sampling_times(self.steps(steps)), denoiser.noise(key, index, shape)
         x = denoiser.start(key, index, shape)
         for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
-            x = _advance(denoiser, params, cond, x, jnp.float32(t), jnp.float32(t_next), noise(i), scale)
+            x = _advance(denoiser, params, cond, x, jnp.float32(t), jnp.float32(t_next), noise(i), mixed)
             x.block_until_ready()  # so that the bar tells what is done, not what is queued
             advanced(1)
         return x
@@ -102,10 +113,10 @@ class ImageStage(Stage):
         """
         first = self.task.first_stage
         rows = tuple(side // first.stride for side in size)
-        without = None if negative is None or self.tokenizer is None else self.tokens(negative)
+        without = self.negative(negative)
         arguments = (self.task, self.groups, latents, *self.tokens(prompts), without, rows)
         shape = (*rows, first.channels)
-        return self.sample(lambda guided: _condition(*arguments, guided), key, len(prompts), shape, **sampling)
+        return self.sample(lambda scale: _condition(*arguments, scale), key, len(prompts), shape, **sampling)
 
     def images(self, latents: Latents, height: int, width: int) -> Images:
         """The first stage's latents -> images, cropped at the bottom and right."""
@@ -166,6 +177,6 @@ def _advance(denoiser, *arguments):
     return denoiser.advance(*arguments)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def _condition(task, groups, latents, tokens, mask, without, rows, guided):
-    return task.condition(groups, latents, tokens, mask, without, rows, guided=guided)
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _condition(task, groups, latents, tokens, mask, without, rows, scale):
+    return task.condition(groups, latents, tokens, mask, without, rows, scale)

@@ -99,10 +99,9 @@ class WuerstchenPipeline:
         sampling: `steps`, `scale` and `advanced` of `Stage.sample`.
         """
         stage, whole = self.stage_c, padded(*(size or self._size()), self.step)
-        without = None if negative is None else stage.tokens(negative)
-        arguments = (stage.task, stage.groups, *stage.tokens(prompts), without)
+        arguments = (stage.task, stage.groups, *stage.tokens(prompts), stage.negative(negative))
         shape = (*(side // self.stage_b.task.stride for side in whole), stage.config.compressor.channels)
-        key, condition = jax.random.key(seed), lambda guided: _condition(*arguments, guided)
+        key, condition = jax.random.key(seed), lambda scale: _condition(*arguments, scale)
         with timed(self.seconds, "stage_c"):
             made = stage.sample(condition, key, len(prompts), shape, **sampling)
         return stage.task.unscaled(stage.groups, made)
@@ -135,6 +134,6 @@ class WuerstchenPipeline:
         return checked_size(height, width, self.stage_b.config.data.image_size, self.step)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _condition(task, groups, tokens, mask, without, guided):
-    return task.condition(groups, tokens, mask, without, guided=guided)
+@functools.partial(jax.jit, static_argnums=0)
+def _condition(task, groups, tokens, mask, without, scale):
+    return task.condition(groups, tokens, mask, without, scale)

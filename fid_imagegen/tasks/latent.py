@@ -20,10 +20,13 @@ Shape = tuple[int, int, int]
 
 
 class LatentDenoiser:
-    """A Linen model with `condition`, `__call__(x, t_B, cond)` and `end_to_end`, trained and sampled by `form`."""
+    """A Linen model with `condition`, `__call__(x, t_B, cond)` and `end_to_end`, trained and sampled by `form`.
 
-    def __init__(self, model: Any, form: str):
-        self.model, self.form = model, targets.form(form)
+    told: the range of guidance scales that the model is told of, as one more condition. Others mix two predictions.
+    """
+
+    def __init__(self, model: Any, form: str, told: tuple[float, float] | None = None):
+        self.model, self.form, self.told = model, targets.form(form), told
 
     def loss(
         self, params: Any, x0: Images, conditions: tuple, *, keys_B: Key[Array, "batch"], key: Key[Array, ""]
@@ -39,6 +42,26 @@ class LatentDenoiser:
     def condition(self, params: Any, *conditions) -> Any:
         """All that does not depend on the noise level: computed once an image."""
         return self.model.apply({"params": params}, *conditions, method=self.model.condition)
+
+    def guidance(self, scale: float) -> tuple[Array | None, Array | None]:
+        """(What a task's `condition` is given of the scale, what `prediction` mixes by); 1 is none, unless it is told.
+
+        ValueError for a scale that the model was never told of.
+        """
+        if self.told is None:
+            mixed = None if scale == 1 else jnp.float32(scale)
+            return mixed, mixed
+        low, high = self.told
+        if not low <= scale <= high:
+            raise ValueError(
+                f"found guidance {scale:g} for a model that is told its guidance, expected {low:g} to {high:g}, as in training; "
+                "ask for another"
+            )
+        return jnp.float32(scale), None
+
+    def mixes(self, scale: Array | None) -> bool:
+        """Whether a task's `condition`, given this of `guidance`, is of 2 x batch."""
+        return self.told is None and scale is not None
 
     def start(self, key: Key[Array, ""], index_B: Int[Array, "batch"], shape: Shape) -> Images:
         """The noise that sampling starts from; image i depends on (key, i), not on the batch around it."""
@@ -72,19 +95,19 @@ class LatentDenoiser:
         shape: Shape,
         *,
         times: np.ndarray,
-        scale: float | None,
+        scale: Array | None,
     ) -> Images:
         """Latents, all steps in one scan."""
         predict, start = self.prediction(params, cond, scale), self.start(key, index_B, shape)
         return cosine.sample(predict, self.form.step, start, times, self.noise(key, index_B, shape))
 
     def preview(
-        self, params: Any, condition: Callable[[bool], Any], count: int, shape: Shape, sampling: ConfigDict
+        self, params: Any, condition: Callable[[Array | None], Any], count: int, shape: Shape, sampling: ConfigDict
     ) -> Images:
-        """`count` latents as `config.sampling` says; condition(guided) is the task's `cond`."""
-        guided, key = sampling.guidance != 1, jax.random.key(0)
-        times, scale = cosine.sampling_times(sampling.steps), sampling.guidance if guided else None
-        return self.sample(params, condition(guided), key, jnp.arange(count), shape, times=times, scale=scale)
+        """`count` latents as `config.sampling` says; condition(scale) is the task's `cond`."""
+        (given, mixed), times = self.guidance(sampling.guidance), cosine.sampling_times(sampling.steps)
+        index = jnp.arange(count)
+        return self.sample(params, condition(given), jax.random.key(0), index, shape, times=times, scale=mixed)
 
 
 def module_fields(config: ConfigDict) -> dict[str, Any]:

@@ -58,10 +58,17 @@ class LDMTask:
         return jnp.mean(loss_B), (model_state, {"latent_deviation": jnp.std(x0)})
 
     def condition(
-        self, groups, latents: None, tokens, mask, negative: tuple | None, latent_hw: tuple[int, int], *, guided: bool
+        self,
+        groups,
+        latents: None,
+        tokens,
+        mask,
+        negative: tuple | None,
+        latent_hw: tuple[int, int],
+        scale: Array | None,
     ):
         """`cond` for `denoiser.advance`, as Stage B's: without compressor latents, and the same for every size."""
-        tokens, mask = guided_text(tokens, mask, negative) if guided else (tokens, mask)
+        tokens, mask = guided_text(tokens, mask, negative) if self.denoiser.mixes(scale) else (tokens, mask)
         return self.denoiser.condition(groups["ldm"], self.text.encode(groups, tokens, mask))
 
     def preview(self, groups, batch) -> dict[str, Array]:
@@ -69,9 +76,7 @@ class LDMTask:
         images, rows = unit(batch["image"]), self._rows(batch["image"].shape[1])
         made = self.denoiser.preview(
             groups["ldm"],
-            lambda guided: self.condition(
-                groups, None, batch["tokens"], batch["mask"], None, (rows, rows), guided=guided
-            ),
+            lambda scale: self.condition(groups, None, batch["tokens"], batch["mask"], None, (rows, rows), scale),
             len(images),
             (rows, rows, self.first_stage.channels),
             self.config.sampling,

@@ -33,6 +33,7 @@ class StageBTask:
     Conditions are dropped example by example, where the authors' code does so batch by batch: the same in the mean, and steadier.
     """
 
+    group = "stage_b"
     tracked: dict = {}
     num_classes = 0
 
@@ -49,7 +50,7 @@ class StageBTask:
             )
         self.denoiser = LatentDenoiser(StageB(text=self.text.used, **module_fields(config.model)), config.form)
         compressor = ("compressor",) if self.uses_latents else ()
-        self.trained = ("stage_b", *compressor, *self.text.trained)
+        self.trained = (self.group, *compressor, *self.text.trained)
         step = self.first_stage.stride * self.denoiser.model.step
         buckets.check_multiples(config.data, step, "the stride of Stage A, the patches and the halvings of Stage B")
 
@@ -81,7 +82,7 @@ class StageBTask:
             }
         text = jnp.zeros((1, self.config.text.length, self.text.width)) if self.text.used else None
         model, x = self.denoiser.model, jnp.zeros((1, rows, rows, self.first_stage.channels))
-        params["stage_b"] = model.init(keys[2], x, jnp.zeros((1,)), latents, text, method=model.end_to_end)["params"]
+        params[self.group] = model.init(keys[2], x, jnp.zeros((1,)), latents, text, method=model.end_to_end)["params"]
         return params, stats
 
     def pretrained(self) -> dict:
@@ -107,7 +108,7 @@ class StageBTask:
         latents, model_state = self._train_compressor(groups, model_state, batch["image"], compressor_key)
         loss_key, drop_key, text_key = split(keys_B, 3)
         conditions = (self.disturb(latents, drop_key), self._dropped_text(groups, batch, text_key))
-        loss_B = self.denoiser.loss(groups["stage_b"], x0, conditions, keys_B=loss_key, key=net_key)
+        loss_B = self.denoiser.loss(groups[self.group], x0, conditions, keys_B=loss_key, key=net_key)
         metrics = {"latent_deviation": jnp.std(x0)}
         return jnp.mean(loss_B), (model_state, metrics)
 
@@ -116,19 +117,23 @@ class StageBTask:
         return compress(self.compressor, groups, resized(images, self.ratio))
 
     def condition(
-        self, groups, latents, tokens, mask, negative: tuple | None, latent_hw: tuple[int, int], *, guided: bool
+        self, groups, latents, tokens, mask, negative: tuple | None, latent_hw: tuple[int, int], scale: Array | None
     ):
-        """`cond` for `denoiser.advance`; with `guided` of 2 x batch: without are zero latents, and `negative` or the empty text.
+        """`cond` for `denoiser.advance`. Where guidance mixes, of 2 x batch: then zero latents, and `negative` or the empty text.
 
-        latents: the compressor's, or None for a Stage B on text alone.
+        latents: the compressor's, or None for a Stage B on text alone. scale: what `denoiser.guidance` gives.
         """
-        if self.uses_latents and guided:
+        mixes, text = self.denoiser.mixes(scale), None
+        if self.uses_latents and mixes:
             latents = jnp.concatenate([latents, jnp.zeros_like(latents)])
-        text = None
         if self.text.used:
-            tokens, mask = guided_text(tokens, mask, negative) if guided else (tokens, mask)
+            tokens, mask = guided_text(tokens, mask, negative) if mixes else (tokens, mask)
             text = self.text.encode(groups, tokens, mask)
-        return self.denoiser.condition(groups["stage_b"], latents, text, latent_hw)
+        return self.conditioned(groups, (latents, text), latent_hw, scale)
+
+    def conditioned(self, groups, conditions: tuple, latent_hw: tuple[int, int], scale: Array | None):
+        """`cond` of what the network is given beside its latents."""
+        return self.denoiser.condition(groups[self.group], *conditions, latent_hw)
 
     def preview(self, groups, batch) -> dict[str, Array]:
         """Each image beside what Stage B and A make of its compressor latents and caption."""
@@ -136,8 +141,8 @@ class StageBTask:
         latents = self.compress(groups, images) if self.uses_latents else None
         text = [batch.get(name) for name in ("tokens", "mask")]
         made = self.denoiser.preview(
-            groups["stage_b"],
-            lambda guided: self.condition(groups, latents, *text, None, (rows, rows), guided=guided),
+            groups[self.group],
+            lambda scale: self.condition(groups, latents, *text, None, (rows, rows), scale),
             len(images),
             (rows, rows, self.first_stage.channels),
             self.config.sampling,

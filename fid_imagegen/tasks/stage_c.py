@@ -66,21 +66,28 @@ class StageCTask(CompressorLatents):
         """What cached features depend on, beside data and weights: JSON types."""
         return {"compressor": self.config.compressor.to_dict()} | self.text.feature_key(tokenizer)
 
-    def condition(self, groups, tokens, mask, negative: tuple | None, *, guided: bool):
-        """`cond` for `denoiser.advance`; with `guided` of 2 x batch: `negative` (tokens, mask), or the empty text, without."""
-        if guided:
+    def condition(self, groups, tokens, mask, negative: tuple | None, scale: Array | None):
+        """`cond` for `denoiser.advance`. Where guidance mixes, of 2 x batch: then `negative` (tokens, mask), or the empty text.
+
+        scale: what `denoiser.guidance` gives.
+        """
+        if self.denoiser.mixes(scale):
             tokens, mask = guided_text(tokens, mask, negative)
-        return self.denoiser.condition(groups[self.group], self.text.encode(groups, tokens, mask))
+        return self.conditioned(groups, (self.text.encode(groups, tokens, mask),), scale)
+
+    def conditioned(self, groups, conditions: tuple, scale: Array | None):
+        """`cond` of what the network is given beside its latents."""
+        return self.denoiser.condition(groups[self.group], *conditions)
 
     def preview(self, groups, batch) -> dict[str, Array]:
         """First three channels of each image's latents beside those sampled for its caption, +-3 deviations as black to white."""
         truth = self.latents(groups, unit(batch["image"]))
         none = jnp.zeros(len(truth), bool)
 
-        def condition(guided):
-            dropped = (none, ~none) if guided else (none,)
+        def condition(scale):
+            dropped = (none, ~none) if self.denoiser.mixes(scale) else (none,)
             text = jnp.concatenate([self.text.features(groups, batch, dropped_B) for dropped_B in dropped])
-            return self.denoiser.condition(groups[self.group], text)
+            return self.conditioned(groups, (text,), scale)
 
         made = self.denoiser.preview(groups[self.group], condition, len(truth), truth.shape[1:], self.config.sampling)
         pairs = rearrange([truth, made], "pair b h w c -> (b pair) h w c")[..., :3]

@@ -102,8 +102,8 @@ def test_guidance_follows_the_text_and_leaves_the_negative(variant, batch):
     """Guided conditions are those of the texts, then those of `negative`, the empty text by default."""
     task, _, every = made(variant)
     text, rows = (batch["tokens"], batch["mask"]), (16, 16)
-    condition = jax.jit(functools.partial(task.condition, latent_hw=rows), static_argnames="guided")
-    of = lambda text: condition(every, None, *text, None, guided=False)  # noqa: E731
+    condition = jax.jit(functools.partial(task.condition, latent_hw=rows))
+    of = lambda text: condition(every, None, *text, None, scale=None)  # noqa: E731
     # Keys and values are [layers, batch, ...] of scanned blocks and [batch, ...] of single ones.
     sizes = {BATCH, 2 * BATCH}
     joined = lambda a, b: jax.tree.map(  # noqa: E731
@@ -111,7 +111,7 @@ def test_guidance_follows_the_text_and_leaves_the_negative(variant, batch):
     )
     other = (batch["tokens"][::-1], batch["mask"])
     for negative, expected in ((None, no_text(batch["tokens"])), (other, other)):
-        guided = condition(every, None, *text, negative, guided=True)
+        guided = condition(every, None, *text, negative, scale=jnp.float32(2))
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), guided, joined(text, expected))
 
 

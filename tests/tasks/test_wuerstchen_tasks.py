@@ -137,7 +137,7 @@ def test_sampling_in_one_scan_is_sampling_step_by_step(form, batch):
     noisy = jax.tree.map(
         lambda x: x + 0.05 * jax.random.normal(KEY, x.shape), every["stage_c"]
     )  # its head starts at zero
-    cond = made.condition(every, batch["tokens"], batch["mask"], None, guided=True)
+    cond = made.condition(every, batch["tokens"], batch["mask"], None, jnp.float32(2))
     times, shape, index = cosine.sampling_times(3), (4, 4, 16), jnp.arange(BATCH)
     at_once = jax.jit(lambda p: made.denoiser.sample(p, cond, KEY, index, shape, times=times, scale=2.0))(noisy)
     x, noise = made.denoiser.start(KEY, index, shape), made.denoiser.noise(KEY, index, shape)
