@@ -20,7 +20,7 @@ OBJECTIVES = {
     # Geng et al. 2025 and, its network of clean images, Lu et al. 2026.
     "meanflow": {"logit_mean": -0.4, "logit_deviation": 1.0, "instant": 0.75, "power": 1.0, "offset": 0.01},
     # Lu & Song 2025, CIFAR-10.
-    "sct": {"warmup": 10_000, "normaliser": 0.1, "log_mean": -1.0, "log_deviation": 1.4},
+    "sct": {"warmup": 10_000, "normaliser": 0.1, "log_mean": -1.0, "log_deviation": 1.4, "distilled": False},
 }
 
 

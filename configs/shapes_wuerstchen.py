@@ -112,8 +112,19 @@ def transformer(config):
 def jumps(config):
     """Stage C's twin of one to four steps too."""
     wuerstchen.jumps(config)
-    config.stage_c_jumps.num_steps = 1000
-    config.stage_c_jumps.optimizers.stage_c_jumps.learning_rate = 3e-4
+    _short(config.stage_c_jumps)
+
+
+def b_jumps(config):
+    """Stage B's twin of one to four steps too."""
+    wuerstchen.b_jumps(config)
+    _short(config.stage_b_jumps)
+
+
+def _short(twin):
+    twin.num_steps = 1000
+    for group in (twin.task, "guidance"):
+        twin.optimizers[group].learning_rate = 3e-4
 
 
 def previewer(config):
@@ -156,5 +167,8 @@ VARIANTS = {
     "previewer": previewer,
     "ldm": ldm,
     "jumps": jumps,
+    "b_jumps": b_jumps,
+    "tuned": wuerstchen.tuned,
+    "continuous": wuerstchen.continuous,
     "runlocal": runlocal,
 }

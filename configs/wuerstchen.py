@@ -4,7 +4,8 @@
         --config.data.source=prepared --config.data.path=...
 
 Variants: `published`, and in its phases `paper`; `transformer`, `b_no_text`, `previewer`; of baselines `ldm` and `text_only`;
-`jumps` adds a Stage C of one to four steps; `runlocal` of any of them.
+`jumps` and `b_jumps` add a Stage C and a Stage B of one to four steps, distilled at some levels, or `tuned` or `continuous`;
+`runlocal` of any of them.
 
 A config holds a whole config for each stage; `stages` says which are trained, in order. Published: 24,602 A100-hours for
 Stage C, 11,000 for Stage B. Not yet reproduced.
@@ -47,6 +48,7 @@ TEXT = {
     "heads": 4,
     "dtype": "float32",
 }
+LEVEL_SCALE = 10_000.0  # what the level is multiplied by before its sines
 # Attention's kernels have no layer axis in Stage B's single blocks: every kernel is cut along its longest axis.
 RULES = ((r".*", "fsdp"),)
 
@@ -85,6 +87,7 @@ def stage_b() -> ConfigDict:
     )
     config.model.update({"inject_effnet": (False, True, True, True), "effnet_embd": 16, "clip_embd": 1024})
     config.model.update({"kernel_size": 3, "dropout": 0.1, "remat": True, "unroll": False, "dtype": "bfloat16"})
+    config.model.level_scale = LEVEL_SCALE
     config.vqgan = ConfigDict(VQGAN)
     config.latent_scale = 0.3764  # Stage A's latents are divided by it
     config.compressor = ConfigDict(COMPRESSOR | {"weights": ""})  # torchvision's, of the backbone; "": random
@@ -109,6 +112,7 @@ def stage_c() -> ConfigDict:
     config.data.image_size = COMPRESSOR["size"]
     config.model = ConfigDict({"network": "convnext", "c_in": 16, "c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32})
     config.model.update({"nhead": 24, "dropout": 0.1, "remat": True, "unroll": False, "dtype": "bfloat16"})
+    config.model.level_scale = LEVEL_SCALE
     config.compressor = ConfigDict(COMPRESSOR)
     config.latent_scale = "statistics"  # or published: (z + 1) / 42
     config.text = ConfigDict(TEXT)
@@ -124,25 +128,30 @@ def stage_c() -> ConfigDict:
     return config
 
 
-def stage_c_jumps(teacher: ConfigDict | None = None) -> ConfigDict:
-    """A twin of one to four steps of `teacher`, a Stage C's config, distilled from it under its guidance (Song et al. 2023)."""
-    config = (teacher or stage_c()).copy_and_resolve_references()
-    config.update({"task": "stage_c_jumps", "form": "jump", "text_dropped": 0.0, "distance": "pseudo_huber"})
+def twin(teacher: ConfigDict) -> ConfigDict:
+    """A twin of one to four steps of a Stage B or C, distilled from it under guidance of any scale (Song et al. 2023)."""
+    config = teacher.copy_and_resolve_references()
+    config.task, config.form, config.distance = f"{teacher.task}_jumps", "jump", "pseudo_huber"
     config.objective = common.objective("cd", levels=40)
-    config.teacher_guidance = config.sampling.guidance
-    config.sampling.update({"steps": 2, "guidance": 1.0})
+    config.teacher_guidance = (1.0, 2.0 * config.sampling.guidance)
+    config.sampling.steps = 2
+    if "disturbance" in config:
+        config.disturbance.update({"zeroed": 0.0, "text_dropped": 0.0})
+    else:
+        config.text_dropped = 0.0
     for groups in (config.optimizers, config.init):
-        groups.stage_c_jumps = groups.stage_c
-        del groups.stage_c
-    config.init.update({"stage_c_jumps": "../stage_c", "teacher": "../stage_c"})
-    _keep_text(config)
+        groups[config.task] = groups[teacher.task]
+        del groups[teacher.task]
+    config.init.update(dict.fromkeys((config.task, "teacher"), f"../{teacher.task}"))
+    config.optimizers.guidance, config.init.guidance = config.optimizers[config.task].copy_and_resolve_references(), ""
+    _keep(config, teacher.task)
     return config
 
 
-def _keep_text(config: ConfigDict) -> None:
-    """A small encoder, trained with Stage C, stays as it was there."""
-    if "text" in config.init:
-        config.init.text, config.optimizers.text.learning_rate = "../stage_c", 0.0
+def _keep(config: ConfigDict, stage: str) -> None:
+    """What the teacher trained beside itself, a small text encoder or a compressor, stays as it was there."""
+    for group in {"text", "compressor"} & set(config.optimizers):
+        config.init[group], config.optimizers[group].learning_rate = f"../{stage}", 0.0
 
 
 def previewer() -> ConfigDict:
@@ -245,7 +254,7 @@ def transformer(config: ConfigDict) -> None:
     """Stage C as a Transformer of as many parameters, within 1 %."""
     model = {"network": "transformer", "channels": 16, "width": 1536, "text_width": 1280, "depth": 19, "heads": 24}
     kept = {name: config.stage_c.model[name] for name in ("dropout", "remat", "unroll", "dtype")}
-    config.stage_c.model = ConfigDict(model | kept)
+    config.stage_c.model = ConfigDict(model | kept | {"level_scale": 1000.0})
 
 
 def b_no_text(config: ConfigDict) -> None:
@@ -268,12 +277,47 @@ def text_only(config: ConfigDict) -> None:
 
 def jumps(config: ConfigDict) -> None:
     """Stage C's twin of one to four steps too. Not with `published`, `paper` or a baseline: the teacher is of form `v`."""
-    if "stage_c" not in config.stages or config.stage_c.form != "v":
+    _add_twin(config, "stage_c")
+
+
+def b_jumps(config: ConfigDict) -> None:
+    """Stage B's twin of one to four steps too, its teacher of form `v`."""
+    config.stage_b.form = "v"
+    _add_twin(config, "stage_b")
+
+
+def _add_twin(config: ConfigDict, stage: str) -> None:
+    if stage not in config.stages or "stage_c" not in config.stages or config[stage].form != "v":
         raise ValueError(
             "found 'jumps' without a Stage C of form 'v', expected one; leave out published, paper and baselines"
         )
-    config.stage_c_jumps = stage_c_jumps(config.stage_c)
-    config.stages += ("stage_c_jumps",)
+    made = twin(config[stage])
+    config[made.task] = made
+    config.stages += (made.task,)
+
+
+def _twins(config: ConfigDict) -> list[str]:
+    if not (found := [stage for stage in config.stages if stage.endswith("_jumps")]):
+        raise ValueError("found a variant of a twin without one, expected jumps or b_jumps beside it; name one of them")
+    return found
+
+
+def tuned(config: ConfigDict) -> None:
+    """Twins by ECT: from the trained stage, without a teacher and therefore without guidance."""
+    for twin in _twins(config):
+        config[twin].objective = common.objective("ect", log_mean=-0.4, log_deviation=1.6)
+        config[twin].teacher_guidance, config[twin].sampling.guidance, config[twin].init.teacher = (1.0, 1.0), 1.0, ""
+
+
+def continuous(config: ConfigDict) -> None:
+    """Twins by sCM's distillation (Lu & Song 2025), and their teachers of a level that can be differentiated in."""
+    for twin in _twins(config):
+        # Levels are those of pixels, whose deviation is 0.5, times two.
+        levels = {"log_mean": -0.3, "log_deviation": 1.4}
+        config[twin].objective = common.objective("sct", warmup=config[twin].num_steps // 10, distilled=True, **levels)
+        config[twin].distance = "l2"
+        for stage in (twin, twin.removesuffix("_jumps")):
+            config[stage].model.level_scale = 16.0
 
 
 def with_previewer(config: ConfigDict) -> None:
@@ -349,9 +393,12 @@ def _tiny_c(config: ConfigDict) -> None:
     small_text(config, length=16, width=32)
 
 
-def _tiny_jumps(config: ConfigDict) -> None:
-    _tiny_c(config)
-    _keep_text(config)
+def _tiny_twin(tiny):
+    def shrink(config: ConfigDict) -> None:
+        tiny(config)
+        _keep(config, config.task.removesuffix("_jumps"))
+
+    return shrink
 
 
 def _tiny_previewer(config: ConfigDict) -> None:
@@ -369,10 +416,11 @@ def _tiny_ldm(config: ConfigDict) -> None:
 
 
 TINY = {
-    "stage_c_jumps": _tiny_jumps,
     "stage_a": _tiny_a,
     "stage_b": _tiny_b,
+    "stage_b_jumps": _tiny_twin(_tiny_b),
     "stage_c": _tiny_c,
+    "stage_c_jumps": _tiny_twin(_tiny_c),
     "previewer": _tiny_previewer,
     "ldm": _tiny_ldm,
 }
@@ -385,6 +433,9 @@ VARIANTS = {
     "published": published,
     "paper": paper,
     "jumps": jumps,
+    "b_jumps": b_jumps,
+    "tuned": tuned,
+    "continuous": continuous,
     "runlocal": runlocal,
 }
 

@@ -1,7 +1,8 @@
 """make demo-text: train the three stages on scenes of coloured shapes, show pictures of prompts, and check them by program.
 
 The prompts are of combinations that training never showed. Interrupted, it saves; run again, it goes on. The same for the
-baselines, `--config configs/shapes_wuerstchen.py:ldm`, `:text_only`, `:transformer`, `:b_text`, and of few steps, `:jumps`.
+baselines, `--config configs/shapes_wuerstchen.py:ldm`, `:text_only`, `:transformer`, `:b_text`, and of few steps, `:jumps` and
+`:b_jumps`.
 """
 
 import json
@@ -23,13 +24,14 @@ SHOWN = 24
 
 
 def load(stages: tuple[str, ...], workdir: Path):
-    """(the pipeline of a config's stages, the last of which draws; what its latents' statistics are if it has a compressor)."""
+    """(the pipeline of a config's stages, twins in place of theirs; what its latents' statistics are if it has a compressor)."""
     from fid_imagegen.evaluation.latents import latent_report
     from fid_imagegen.pipelines import LatentDiffusionPipeline, WuerstchenPipeline
 
     if "stage_c" not in stages:
         return LatentDiffusionPipeline.from_pretrained(workdir / stages[-1]), {}
-    pipe = WuerstchenPipeline.from_pretrained(workdir, prior=stages[-1])
+    decoder, prior = (f"{stage}_jumps" if f"{stage}_jumps" in stages else stage for stage in ("stage_b", "stage_c"))
+    pipe = WuerstchenPipeline.from_pretrained(workdir, prior, decoder)
     return pipe, {"latents": latent_report(pipe.stage_b)}
 
 

@@ -14,6 +14,7 @@ from fid_imagegen import command
 
 MODEL = flags.DEFINE_string("model", None, "folder with stage_a, stage_b and stage_c", required=True)
 PRIOR = flags.DEFINE_string("prior", "stage_c", "the folder in --model of Stage C, or of its twin of few steps")
+DECODER = flags.DEFINE_string("decoder", "stage_b", "the folder in --model of Stage B, or of its twin of few steps")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "what to show; may be given several times")
 PROMPTS = flags.DEFINE_string("prompts", None, "a text file of prompts, one a line")
 NEGATIVE = flags.DEFINE_string("negative_prompt", None, "what not to show")
@@ -45,7 +46,7 @@ def main(argv):
     from fid_imagegen.evaluation.stages import cost_table, parameter_table
     from fid_imagegen.pipelines import WuerstchenPipeline
 
-    pipe = WuerstchenPipeline.from_pretrained(MODEL.value, PRIOR.value)
+    pipe = WuerstchenPipeline.from_pretrained(MODEL.value, PRIOR.value, DECODER.value)
     if TABLE.value:
         table = parameter_table(pipe) if TABLE.value == "params" else cost_table(pipe, HEIGHT.value, WIDTH.value)
         print("\n".join(f"{name:<32}{value:>20,.0f}" for name, value in table.items()))

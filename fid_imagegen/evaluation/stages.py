@@ -36,12 +36,16 @@ def cost_table(pipe: WuerstchenPipeline, height: int | None, width: int | None) 
     # Scanned blocks would be counted once.
     first_stage = StageALatents(ConfigDict(b.config.vqgan.to_dict() | {"unroll": True}), b.config.latent_scale)
     decode = _flops(first_stage.decode, _abstract(b.groups), latents)
-    times = {
-        name: config.sampling.steps * (1 + (config.sampling.guidance != 1))
-        for name, config in (("stage C, one pass", c.config), ("stage B, one pass", b.config))
-    }
+    times = {"stage C, one pass": _passes(c), "stage B, one pass": _passes(b)}
     total = sum(passes[name] * times[name] for name in passes) + decode
     return passes | {"stage A, decoding": decode, "sampling as the config says": total}
+
+
+def _passes(stage) -> int:
+    """As many as the config's sampling takes."""
+    sampling = stage.config.sampling
+    _, mixed = stage.task.denoiser.guidance(sampling.guidance)
+    return sampling.steps * (1 if mixed is None else 2)
 
 
 def _pass_flops(stage, latent_hw: tuple[int, int]) -> float:

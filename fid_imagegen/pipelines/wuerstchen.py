@@ -43,14 +43,17 @@ class WuerstchenPipeline:
         self.seconds: dict[str, float] = {}  # of the last call, by stage
 
     @classmethod
-    def from_pretrained(cls, folder: epath.PathLike, prior: str = "stage_c") -> "WuerstchenPipeline":
+    def from_pretrained(
+        cls, folder: epath.PathLike, prior: str = "stage_c", decoder: str = "stage_b"
+    ) -> "WuerstchenPipeline":
         """Loads FOLDER/{stage_a,stage_b,stage_c}: work directories, or what `fid_imagegen.convert` wrote.
 
-        prior: the folder that stands for stage_c, such as stage_c_jumps, its twin of a few steps.
+        prior, decoder: the folders that stand for stage_c and stage_b, such as stage_c_jumps and stage_b_jumps, their twins of a
+        few steps.
         Raises FileNotFoundError naming what is not there.
         """
         folder = epath.Path(folder)
-        return cls(Stage(folder / "stage_a"), ImageStage(folder / "stage_b"), Stage(folder / prior))
+        return cls(Stage(folder / "stage_a"), ImageStage(folder / decoder), Stage(folder / prior))
 
     def __call__(
         self,

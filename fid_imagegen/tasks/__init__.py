@@ -1,13 +1,13 @@
 """What can be trained: a model, an objective and the batch keys they use. `tasks.build(config)` is the only constructor."""
 
 from fid_imagegen.tasks.consistency import ConsistencyTask
+from fid_imagegen.tasks.jumps import StageBJumpsTask, StageCJumpsTask
 from fid_imagegen.tasks.ldm import LDMTask
 from fid_imagegen.tasks.previewer import PreviewerTask
 from fid_imagegen.tasks.reconstruction import ReconstructionTask
 from fid_imagegen.tasks.stage_a import StageATask
 from fid_imagegen.tasks.stage_b import StageBTask
 from fid_imagegen.tasks.stage_c import StageCTask
-from fid_imagegen.tasks.stage_c_jumps import StageCJumpsTask
 
 TASKS = {
     "consistency": ConsistencyTask,
@@ -16,10 +16,11 @@ TASKS = {
     "reconstruction": ReconstructionTask,
     "stage_a": StageATask,
     "stage_b": StageBTask,
+    "stage_b_jumps": StageBJumpsTask,
     "stage_c": StageCTask,
     "stage_c_jumps": StageCJumpsTask,
 }
-BUCKETED = ("stage_b", "stage_c", "stage_c_jumps")  # what can train on pictures of several shapes
+BUCKETED = ("stage_b", "stage_b_jumps", "stage_c", "stage_c_jumps")  # what can train on pictures of several shapes
 
 
 def build(config):

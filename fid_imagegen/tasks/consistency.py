@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, Key
 from fid_imagegen.diffusion import editing, objectives
 from fid_imagegen.diffusion.distances import DISTANCES
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
+from fid_imagegen.diffusion.objectives.objective import STEEPEST_LEVEL
 from fid_imagegen.diffusion.preconditioning import consistency_function, per_image, preconditioning
 from fid_imagegen.diffusion.samplers import SAMPLERS
 from fid_imagegen.interop.lpips import load_lpips
@@ -25,7 +26,6 @@ from fid_imagegen.tasks.generator import (
 from fid_imagegen.tasks.networks import build_generator, grid_size
 from fid_imagegen.tasks.windows import check_windows, draw_windows
 
-STEEPEST_LEVEL = 16.0  # radians a unit of level, as much as Fourier features of scale 2.5
 # What a teacher must share with its student, who asks it about his own noisy images at his own levels.
 TEACHERS = ("data.image_size", "grid", "data.channels", "noise.", "preconditioning", "time")
 

@@ -34,6 +34,7 @@ class StageBTask:
     """
 
     group = "stage_b"
+    told_guidance = None
     tracked: dict = {}
     num_classes = 0
 
@@ -48,7 +49,8 @@ class StageBTask:
                 "found a Stage B with neither compressor latents nor text, expected one of them or both; change "
                 "config.model.inject_effnet or config.text.encoder"
             )
-        self.denoiser = LatentDenoiser(StageB(text=self.text.used, **module_fields(config.model)), config.form)
+        model = StageB(text=self.text.used, **module_fields(config.model))
+        self.denoiser = LatentDenoiser(model, config.form, self.told_guidance)
         compressor = ("compressor",) if self.uses_latents else ()
         self.trained = (self.group, *compressor, *self.text.trained)
         step = self.first_stage.stride * self.denoiser.model.step
@@ -107,7 +109,7 @@ class StageBTask:
         x0 = jax.lax.stop_gradient(self.first_stage.encode(groups, unit(batch["image"])))
         latents, model_state = self._train_compressor(groups, model_state, batch["image"], compressor_key)
         loss_key, drop_key, text_key = split(keys_B, 3)
-        conditions = (self.disturb(latents, drop_key), self._dropped_text(groups, batch, text_key))
+        conditions = (self.disturb(latents, drop_key), self.dropped_text(groups, batch, text_key))
         loss_B = self.denoiser.loss(groups[self.group], x0, conditions, keys_B=loss_key, key=net_key)
         metrics = {"latent_deviation": jnp.std(x0)}
         return jnp.mean(loss_B), (model_state, metrics)
@@ -178,7 +180,8 @@ class StageBTask:
         tracked = {name: mix(stats["latents"][name], moments[name]) for name in moments}
         return latents, model_state | {"compressor_stats": {"batch_stats": changed["batch_stats"], "latents": tracked}}
 
-    def _dropped_text(self, groups, batch, keys_B):
+    def dropped_text(self, groups, batch, keys_B: Key[Array, "batch"]):
+        """One vector a token, a share of the texts empty; None for a Stage B without text."""
         if not self.text.used:
             return None
         return self.text.encode(groups, *drop_text(batch, chance(keys_B, self.config.disturbance.text_dropped)))

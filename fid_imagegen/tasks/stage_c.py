@@ -19,6 +19,7 @@ class StageCTask(CompressorLatents):
     """Groups `stage_c` and a small `text` encoder are trained; `compressor` and a CLIP tower are frozen."""
 
     group = "stage_c"
+    told_guidance = None
     tracked: dict = {}
     num_classes = 0
 
@@ -29,7 +30,7 @@ class StageCTask(CompressorLatents):
         name = fields.pop("network")
         if name not in NETWORKS:
             raise ValueError(f"found network {name!r}, expected one of {sorted(NETWORKS)}; change config.model.network")
-        self.denoiser = LatentDenoiser(NETWORKS[name](**fields), config.form)
+        self.denoiser = LatentDenoiser(NETWORKS[name](**fields), config.form, self.told_guidance)
         self.trained = (self.group, *self.text.trained)
 
     def tokenizer(self, source, path):

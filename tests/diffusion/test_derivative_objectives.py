@@ -189,6 +189,16 @@ def test_scts_gradient_is_the_plain_evaluations():
     assert float(jax.grad(loss)(1.0)) == pytest.approx(float(jnp.mean(-2 * g * slope)), rel=1e-4)
 
 
+def test_scts_teacher_says_which_way_the_path_goes():
+    """One that knows the image says what the noise says; another does not."""
+    x0 = jnp.asarray(np.repeat(IMAGE, 64, axis=0))
+    knows, errs = (answering(lambda x, sigma, c=c: c + 0 * x, *FORMS["sct"]) for c in (x0, x0 + 0.1))
+    trained, objective = run(build("sct"), some_net, x0)[0], build("sct", distilled=True)
+    assert objective.needs_teacher and not build("sct").needs_teacher
+    np.testing.assert_allclose(run(objective, some_net, x0, teacher=knows)[0], trained, rtol=1e-6)
+    assert np.abs(run(objective, some_net, x0, teacher=errs)[0] / trained - 1).max() > 1e-3
+
+
 def test_meanflow_draws_the_ends_of_jumps():
     objective = build("meanflow")
     t, r = (np.asarray(v) for v in objective.times(jax.random.split(jax.random.key(5), 4000)))

@@ -14,6 +14,9 @@ Images = Float[Array, "batch height width channels"]
 Levels = Float[Array, "batch"]
 
 
+STEEPEST_LEVEL = 16.0  # radians a unit of level, as much as Fourier features of scale 2.5
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """num_steps: of the whole training, for schedules over it. draw: noise of draw(keys, shape)."""

@@ -19,7 +19,8 @@ from fid_imagegen.diffusion.preconditioning import angle, per_image
 class ContinuousConsistencyTraining(Objective):
     """Tangents normalised and warmed up (Alg. 1); their distance is the square by its mathematics.
 
-    warmup: steps over which the tangent's unstable half grows in. normaliser: c of g / (||g|| + c).
+    warmup: steps over which the tangent's unstable half grows in. normaliser: c of g / (||g|| + c). distilled: the path's
+    direction is the teacher's (sCD), not that of the noise that was added (sCT).
     Deviation: the learned weight of levels is left out; the normalised tangent leaves it little to weigh.
     """
 
@@ -27,9 +28,14 @@ class ContinuousConsistencyTraining(Objective):
     normaliser: float = 0.1
     log_mean: float = -1.0
     log_deviation: float = 1.4
+    distilled: bool = False
 
     any_distance = False
     differentiates_level = True
+
+    @property
+    def needs_teacher(self):
+        return self.distilled
 
     def __call__(self, nets, x0, cond, *, keys, key, step):
         """Loss per image: mean square of F - stop_gradient(F + g), g the normalised tangent."""
@@ -40,10 +46,13 @@ class ContinuousConsistencyTraining(Objective):
         z = data * self.draw(keys[:, 1], x0.shape[1:])
         x_t, dx_dt = cos * x0 + sin * z, cos * z - sin * x0
 
-        def velocity(x_t, t_B):
+        def velocity(x_t, t_B, net="student", key=key):
             x, sigma_B = x_t / per_image(jnp.cos(t_B)), data * jnp.tan(t_B)
-            f = self.f(nets["student"], x, sigma_B, cond, key=key)
+            f = self.f(nets[net], x, sigma_B, cond, key=key)
             return (per_image(jnp.cos(t_B)) * x_t - f) / (data * per_image(jnp.sin(t_B)))
+
+        if self.distilled:
+            dx_dt = jax.lax.stop_gradient(data * velocity(x_t, t_B, "teacher", None))
 
         # Multiplied by cos t sin t the derivative stays bounded at both ends of the path.
         scale_B = jnp.cos(t_B) * jnp.sin(t_B)

@@ -23,6 +23,8 @@ HEADS = ("batch", "tokens", "heads", None)
 Image = Float[Array, "batch height width channels"]
 KeysValues = tuple[Float[Array, "batch tokens heads features"], Float[Array, "batch tokens heads features"]]
 
+LEVEL_SCALE = 10_000.0  # of the public weights
+
 normal_init = nn.initializers.normal(0.02)
 
 
@@ -38,8 +40,8 @@ def layer_norm(x: Array) -> Array:
     return (centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def level_embedding(r_B: Float[Array, "batch"], width: int) -> Float[Array, "batch width"]:
-    """[sin, cos] of 10,000 r at frequencies from 1 to 1e-4; an odd width ends in a zero. At least float32.
+def level_embedding(r_B: Float[Array, "batch"], width: int, scale: float = LEVEL_SCALE) -> Float[Array, "batch width"]:
+    """[sin, cos] of `scale` r at frequencies from 1 to 1e-4; an odd width ends in a zero. At least float32.
 
     Phases reach 10,000 radians: `r_B` in bfloat16 is wrong by up to 40 of them, and one unit in the last place of a
     frequency is 1e-3 of phase. So the table repeats PyTorch's rounding: arguments in float32, exponentials rounded once.
@@ -49,7 +51,7 @@ def level_embedding(r_B: Float[Array, "batch"], width: int) -> Float[Array, "bat
         raise ValueError(f"found a level embedding {width} wide, expected at least 4; change c_r")
     arguments = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / (half - 1))
     frequencies = np.exp(arguments.astype(np.float64)).astype(np.float32)
-    phases_BF = (10000 * r_B.astype(wide(r_B.dtype)))[:, None] * frequencies
+    phases_BF = (scale * r_B.astype(wide(r_B.dtype)))[:, None] * frequencies
     return jnp.concatenate([jnp.sin(phases_BF), jnp.cos(phases_BF), jnp.zeros_like(phases_BF[:, : width % 2])], axis=-1)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from fid_imagegen.models.layers import XAVIER
 from fid_imagegen.models.wuerstchen.blocks import (
+    LEVEL_SCALE,
     Image,
     check_channels,
     layer_norm,
@@ -119,6 +120,7 @@ class StageB(nn.Module):
     kernel_size: int
     dropout: float
     text: bool
+    level_scale: float = LEVEL_SCALE
     remat: bool = False
     unroll: bool = False
     dtype: Any = jnp.float32
@@ -179,7 +181,7 @@ class StageB(nn.Module):
         """
         check_channels("latents", x_BHWC, self.c_in)
         self._check_size(x_BHWC.shape[1:3])
-        embedding = level_embedding(r_B, self.c_r)
+        embedding = level_embedding(r_B, self.c_r, self.level_scale)
         patches = rearrange(x_BHWC, "b (h p) (w q) c -> b h w (c p q)", p=self.patch_size, q=self.patch_size)
         h = layer_norm(self.embedding(patches))
         encoded = []

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fid_imagegen.models.wuerstchen.blocks import (
+    LEVEL_SCALE,
     Image,
     KeysValues,
     check_channels,
@@ -36,6 +37,7 @@ class StageC(nn.Module):
     depth: int
     nhead: int
     dropout: float
+    level_scale: float = LEVEL_SCALE
     remat: bool = False
     unroll: bool = False
     dtype: Any = jnp.float32
@@ -71,7 +73,7 @@ class StageC(nn.Module):
         The published noise estimate is (x - a) / (|1 - b| + 1e-5).
         """
         check_channels("latents", x_BHWC, self.c_in)
-        embedding = level_embedding(r_B, self.c_r)
+        embedding = level_embedding(r_B, self.c_r, self.level_scale)
         h, _ = self.blocks(self.projection(x_BHWC), embedding, None, cond, deterministic)
         return tuple(jnp.split(self.out(layer_norm(h.astype(wide(self.dtype)))), 2, axis=-1))
 

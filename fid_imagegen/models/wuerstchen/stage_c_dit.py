@@ -117,6 +117,7 @@ class StageCTransformer(nn.Module):
     depth: int
     heads: int
     dropout: float
+    level_scale: float = 1000.0
     remat: bool = False
     unroll: bool = False
     dtype: Any = jnp.float32
@@ -130,7 +131,7 @@ class StageCTransformer(nn.Module):
         # As large as the positions that are added to it.
         self.projection = nn.Dense(self.width, kernel_init=XAVIER, dtype=self.dtype)
         self.text_in, self.text_out = dense(), dense()
-        self.level = LevelEmbedding(self.width, dtype=self.dtype)
+        self.level = LevelEmbedding(self.width, self.level_scale, dtype=self.dtype)
         block = nn.remat(TransformerBlock, prevent_cse=False, static_argnums=(5,)) if self.remat else TransformerBlock
         scan = {
             "variable_axes": {"params": 0},
