@@ -26,7 +26,7 @@ OBJECTIVES = {
 
 # Attention and MLP kernels [L, in, out] are cut along the layer's inner axis by `tensor`, along the other by `fsdp`.
 RULES = (
-    (r"(query|key|value|up)/kernel$", ("-", "fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/kernel$", ("-", "fsdp", "tensor")),
     (r"(out|down)/kernel$", ("-", "tensor", "fsdp")),
     (r".*", "fsdp"),
 )
@@ -129,7 +129,10 @@ def base() -> ConfigDict:
     config.model.unet.fourier_scale = config_dict.placeholder(float)  # ncsnpp: 16; 0.02 for sct and meanflow
     config.model.num_classes = 0  # 0: unconditional
     config.model.dropout = 0.0
+    config.model.norm = "layer"  # this and the next three: of function and dit; layer, rms
+    config.model.mlp = "gelu"  # gelu, swiglu
     config.model.qk_norm = False  # of queries and keys, for objectives that differentiate in the level
+    config.model.rotary = False  # rotary positions of image tokens, beside the fixed ones
     config.model.dtype = "float32"  # compute; parameters are always float32
     config.model.remat = False
     config.model.unroll = False

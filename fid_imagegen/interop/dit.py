@@ -5,6 +5,7 @@ frequencies are 10000^(-k/127) in place of 10000^(-k/128), which agrees at level
 gives the norm before the MLP an epsilon of 1e-5 in place of 1e-6.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fid_imagegen.interop.state_dict import TORCH_LEAVES, convert_state_dict, named_tensors, read_state_dict
 from fid_imagegen.models.dit import DiT, column_row_positions
+from fid_imagegen.models.layers import BlockStyle
 
 EXTRACTOR, BLOCKS = ("extractor",), ("extractor", "blocks")
 PATCHES = ("patches", "kernel")
@@ -76,7 +78,15 @@ def abstract_params(model: DiT) -> dict:
 
 
 def per_block(model: DiT, params: Mapping) -> dict:
-    """The tree as diffusers has it: patches by a convolution, and blocks under "0", "1", ..., each with its own embedders."""
+    """The tree as diffusers has it: patches by a convolution, and blocks under "0", "1", ..., each with its own embedders.
+
+    ValueError for blocks of a style that diffusers has not: of norm and rotary the tensors would not tell.
+    """
+    if dataclasses.replace(model.style, qk_norm=False) != BlockStyle():
+        raise ValueError(
+            f"found a DiT of {model.style}, expected norm='layer', mlp='gelu' and rotary=False, all that diffusers has; "
+            "export other styles with python -m fid_imagegen.export"
+        )
     leaves = {}
     for path, x in flatten_dict(params).items():
         if path[:2] == BLOCKS:

@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fid_imagegen.models.layers import (
+    NORMS,
     TOKENS,
     XAVIER,
+    BlockStyle,
     FeatureExtractor,
     check_image,
-    layer_norm,
     patchify,
     sin_cos_positions,
     unpatchify,
@@ -58,7 +59,7 @@ class DiT(nn.Module):
     out_channels: int | None = None
     level_scale: float = 1000.0
     dropout: float = 0.0
-    qk_norm: bool = False
+    style: BlockStyle = BlockStyle()
     remat: bool = False
     unroll: bool = False
     dtype: Any = jnp.float32
@@ -90,18 +91,18 @@ class DiT(nn.Module):
             num_classes=self.num_classes,
             level_scale=self.level_scale,
             dropout=self.dropout,
-            qk_norm=self.qk_norm,
+            style=self.style,
             remat=self.remat,
             unroll=self.unroll,
             dtype=self.dtype,
             name="extractor",
-        )(nn.with_logical_constraint(tokens, TOKENS), levels_BK, label_B, deterministic)
+        )(nn.with_logical_constraint(tokens, TOKENS), levels_BK, label_B, deterministic, (rows, columns))
         zeros = nn.initializers.zeros
         modulation = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="modulation")(
             nn.silu(condition)
         )
         shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
-        x = layer_norm("norm", affine=False, dtype=wide(self.dtype))(tokens) * (1 + scale) + shift
+        x = NORMS[self.style.norm]("norm", affine=False, dtype=wide(self.dtype))(tokens) * (1 + scale) + shift
         features = self.patch**2 * (self.out_channels or self.channels)
         x = nn.Dense(features, kernel_init=zeros, dtype=wide(self.dtype), name="head")(x)
         return unpatchify(x, self.patch, rows)

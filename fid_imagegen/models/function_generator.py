@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 from fid_imagegen.models.coordinate_mlp import FUNCTION_PRESETS, CoordinateMLP
 from fid_imagegen.models.image_function import ImageFunctions
 from fid_imagegen.models.layers import (
+    NORMS,
     XAVIER,
+    BlockStyle,
     DecoderBlock,
     FeatureExtractor,
-    layer_norm,
     patchify,
     sin_cos_positions,
     stack,
@@ -57,7 +58,8 @@ class PatchEmbedding(nn.Module):
 class FunctionPredictor(nn.Module):
     """Learned weight tokens that attend to themselves and to image features; one head per layer of the function.
 
-    A layer with g predicted columns owns g tokens; its head (LayerNorm + Dense) turns each into a column over fan-in.
+    A layer with g predicted columns owns g tokens; its head (norm + Dense) turns each into a column over fan-in. Tokens of
+    weights lie on no grid: they are not turned where `style.rotary` turns those of images.
     """
 
     kind: CoordinateMLP
@@ -66,20 +68,22 @@ class FunctionPredictor(nn.Module):
     depth: int
     remat: bool
     unroll: bool
+    style: BlockStyle = BlockStyle()
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: Float[Array, "batch tokens features"]) -> dict[str, Array]:
-        columns = self.kind.columns
+        columns, norm = self.kind.columns, NORMS[self.style.norm]
         tokens = self.param("weight_tokens", nn.initializers.normal(1.0), (sum(columns), self.width))
         tokens = jnp.broadcast_to(tokens.astype(self.dtype), (features.shape[0], *tokens.shape))
-        context = layer_norm("norm_context", affine=True, dtype=self.dtype)(features)
+        context = norm("norm_context", affine=True, dtype=self.dtype)(features)
         blocks = stack(
             DecoderBlock,
             self.depth,
             remat=self.remat,
             unroll=self.unroll,
             heads=self.heads,
+            style=self.style,
             dtype=self.dtype,
             name="blocks",
         )
@@ -88,7 +92,7 @@ class FunctionPredictor(nn.Module):
         # But for `normalize` zero-initialised heads start every image at the shared base function.
         init = nn.initializers.lecun_normal() if self.kind.weight_update == "normalize" else nn.initializers.zeros
         for layer, ((fan_in, _), count) in enumerate(zip(self.kind.layer_sizes, columns, strict=True)):
-            own = layer_norm(f"head_norm_{layer}", affine=True, dtype=self.dtype)(tokens[:, start : start + count])
+            own = norm(f"head_norm_{layer}", affine=True, dtype=self.dtype)(tokens[:, start : start + count])
             predicted = nn.Dense(fan_in, kernel_init=init, dtype=self.dtype, name=f"head_{layer}")(own)
             predicted = rearrange(predicted, "b g f -> b f g")
             per_image[f"columns_{layer}"] = nn.with_logical_constraint(predicted, ("batch", None, None))
@@ -105,6 +109,7 @@ class LocalPredictor(nn.Module):
     depth: int
     remat: bool
     unroll: bool
+    style: BlockStyle = BlockStyle()
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -115,11 +120,14 @@ class LocalPredictor(nn.Module):
             remat=self.remat,
             unroll=self.unroll,
             heads=self.heads,
+            style=self.style,
             dtype=self.dtype,
             name="blocks",
         )
-        context = layer_norm("norm_context", affine=True, dtype=self.dtype)(features)
-        tokens = layer_norm("head_norm", affine=True, dtype=self.dtype)(blocks(features, context)[0])
+        norm = NORMS[self.style.norm]
+        context = norm("norm_context", affine=True, dtype=self.dtype)(features)
+        angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
+        tokens = norm("head_norm", affine=True, dtype=self.dtype)(blocks(features, context, angles)[0])
         made = nn.Dense(self.kind.features, dtype=self.dtype, name="head")(tokens)
         return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
 
@@ -141,7 +149,7 @@ class FunctionGenerator(nn.Module):
     num_classes: int = 0
     level_scale: float = 1000.0
     dropout: float = 0.0
-    qk_norm: bool = False
+    style: BlockStyle = BlockStyle()
     remat: bool = False
     unroll: bool = False
     dtype: Any = jnp.float32
@@ -157,6 +165,7 @@ class FunctionGenerator(nn.Module):
             "heads": self.heads,
             "remat": self.remat,
             "unroll": self.unroll,
+            "style": self.style,
             "dtype": self.dtype,
         }
         self.patches = PatchEmbedding(self.patch, self.width, dtype=self.dtype)
@@ -165,7 +174,6 @@ class FunctionGenerator(nn.Module):
             num_classes=self.num_classes,
             level_scale=self.level_scale,
             dropout=self.dropout,
-            qk_norm=self.qk_norm,
             **common,
         )
         predictor = FunctionPredictor if isinstance(self.kind, CoordinateMLP) else LocalPredictor
@@ -181,7 +189,8 @@ class FunctionGenerator(nn.Module):
         deterministic: bool = True,
     ) -> ImageFunctions:
         """The functions of noisy images. `label_B` is needed when `num_classes` > 0; `num_classes` itself is no label."""
-        features, _ = self.extractor(self.patches(x), levels_BK, label_B, deterministic)
+        grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
+        features, _ = self.extractor(self.patches(x), levels_BK, label_B, deterministic, grid)
         return self._functions(self.predictor(features))
 
     def reconstruct(self, x: Float[Array, "batch height width channels"]) -> ImageFunctions:

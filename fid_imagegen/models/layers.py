@@ -5,6 +5,7 @@ DiT (Peebles & Xie 2023, arXiv 2212.09748) is the source of the adaLN-Zero block
 and without a mesh the names do nothing.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
+
+from fid_imagegen.models.rotary import Rotation, rotary_angles, rotate
 
 Dtype = Any
 TOKENS = ("batch", "tokens", "features")
@@ -29,6 +32,11 @@ def wide(dtype: Dtype) -> Dtype:
 def layer_norm(name: str | None = None, *, affine: bool, dtype: Dtype) -> nn.LayerNorm:
     """Layer normalisation over features with DiT's epsilon; `affine=False` where a modulation follows."""
     return nn.LayerNorm(epsilon=1e-6, use_bias=affine, use_scale=affine, dtype=dtype, name=name)
+
+
+def rms_norm(name: str | None = None, *, affine: bool, dtype: Dtype) -> nn.RMSNorm:
+    """Features over their root mean square, neither centred nor shifted (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    return nn.RMSNorm(epsilon=1e-6, use_scale=affine, dtype=dtype, name=name)
 
 
 def sin_cos_positions(height: int, width: int, features: int) -> np.ndarray:
@@ -114,6 +122,7 @@ class Attention(nn.Module):
 
     qk_norm: RMS norms on the queries and keys of every head (Dehghani et al. 2023, arXiv 2302.05442), so that logits cannot
     grow with the weights; continuous-time objectives need them to stay finite.
+    angles: of tokens that attend to themselves and lie on a grid; their queries and keys are turned by them, after the norms.
     """
 
     heads: int
@@ -124,7 +133,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: Float[Array, "batch queries features"], context: Float[Array, "batch keys features"]
+        self,
+        queries: Float[Array, "batch queries features"],
+        context: Float[Array, "batch keys features"],
+        angles: Rotation | None = None,
     ) -> Float[Array, "batch queries features"]:
         features = queries.shape[-1]
         if features % self.heads:
@@ -142,9 +154,10 @@ class Attention(nn.Module):
         q, k, v = project("query", queries), project("key", context), project("value", context)
         if self.qk_norm:
             q, k = (
-                nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)(x)
-                for name, x in (("query_norm", q), ("key_norm", k))
+                rms_norm(name, affine=True, dtype=self.dtype)(x) for name, x in (("query_norm", q), ("key_norm", k))
             )
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide(self.dtype))
         weights = jax.nn.softmax(logits / math.sqrt(features // self.heads)).astype(self.dtype)
         out = rearrange(jnp.einsum("bhqk,bkhd->bqhd", weights, v), "b n h d -> b n (h d)")
@@ -165,48 +178,111 @@ class FeedForward(nn.Module):
         return nn.Dense(x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="down")(hidden)
 
 
+class SwiGLU(nn.Module):
+    """(SiLU(x W) * x V) W2 without biases (Shazeer 2020, arXiv 2002.05202, eq. 6): `gate`, `up` and `down`.
+
+    Three kernels of 8/3 of the width have as many parameters as FeedForward's two of 4, up to the rounding of `hidden`.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @staticmethod
+    def hidden(features: int) -> int:
+        """8/3 of the width, rounded up to a multiple of 8, or of 64 from a width of 512: tiles and meshes divide it."""
+        multiple = 64 if features >= 512 else 8
+        return multiple * math.ceil(8 * features / (3 * multiple))
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens features"]) -> Float[Array, "batch tokens features"]:
+        def dense(features, name):
+            return nn.Dense(features, use_bias=False, kernel_init=XAVIER, dtype=self.dtype, name=name)
+
+        width = self.hidden(x.shape[-1])
+        hidden = nn.silu(dense(width, "gate")(x)) * dense(width, "up")(x)
+        return dense(x.shape[-1], "down")(nn.with_logical_constraint(hidden, ("batch", "tokens", "hidden")))
+
+
+NORMS = {"layer": layer_norm, "rms": rms_norm}
+MLPS = {"gelu": FeedForward, "swiglu": SwiGLU}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStyle:
+    """What a trunk's blocks and the norms around them are made of: four independent choices, by default DiT's.
+
+    norm: of NORMS. mlp: of MLPS. qk_norm: `Attention`'s, in AdaLNZeroBlocks alone.
+    rotary: the queries and keys of tokens that lie on a grid are turned by their places where they attend to each other; fixed
+    positions stay, for rotations know distances and no places (`rotary`).
+    """
+
+    norm: str = "layer"
+    mlp: str = "gelu"
+    qk_norm: bool = False
+    rotary: bool = False
+
+    def __post_init__(self):
+        for field, known in (("norm", NORMS), ("mlp", MLPS)):
+            if (found := getattr(self, field)) not in known:
+                raise ValueError(
+                    f"found {field} {found!r}, expected one of {sorted(known)}; change config.model.{field}"
+                )
+
+    def angles(self, rows: int, columns: int, features: int) -> Rotation | None:
+        """Those by which a grid's tokens are turned in heads of so many features; None if they are not."""
+        return rotary_angles(rows, columns, features) if self.rotary else None
+
+
 class AdaLNZeroBlock(nn.Module):
     """DiT block: attention and MLP branches, shifted, scaled and gated by the condition; the identity at initialisation."""
 
     heads: int
     dropout: float = 0.0
-    qk_norm: bool = False
+    style: BlockStyle = BlockStyle()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"], deterministic: bool
+        self,
+        x: Float[Array, "batch tokens features"],
+        condition: Float[Array, "batch features"],
+        deterministic: bool,
+        angles: Rotation | None = None,
     ) -> tuple[Float[Array, "batch tokens features"], None]:
-        zeros = nn.initializers.zeros
+        zeros, norm, mlp = nn.initializers.zeros, NORMS[self.style.norm], MLPS[self.style.mlp]
         modulation = nn.Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(
             nn.silu(condition)
         )
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None], 6, axis=-1)
-        h = layer_norm("norm_attention", affine=False, dtype=self.dtype)(x) * (1 + scale_a) + shift_a
-        h = Attention(self.heads, use_bias=True, qk_norm=self.qk_norm, dtype=self.dtype, name="attention")(h, h)
-        x = x + gate_a * nn.Dropout(self.dropout)(h, deterministic)
-        h = layer_norm("norm_mlp", affine=False, dtype=self.dtype)(x) * (1 + scale_m) + shift_m
-        h = FeedForward(dtype=self.dtype, name="mlp")(h)
+        h = norm("norm_attention", affine=False, dtype=self.dtype)(x) * (1 + scale_a) + shift_a
+        attend = Attention(self.heads, use_bias=True, qk_norm=self.style.qk_norm, dtype=self.dtype, name="attention")
+        x = x + gate_a * nn.Dropout(self.dropout)(attend(h, h, angles), deterministic)
+        h = norm("norm_mlp", affine=False, dtype=self.dtype)(x) * (1 + scale_m) + shift_m
+        h = mlp(dtype=self.dtype, name="mlp")(h)
         x = x + gate_m * nn.Dropout(self.dropout)(h, deterministic)
         return nn.with_logical_constraint(x, TOKENS), None
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm decoder block: tokens attend to themselves, then to `context`, then an MLP."""
+    """Pre-norm decoder block: tokens attend to themselves, turned by `angles` if given, then to `context`, then an MLP."""
 
     heads: int
+    style: BlockStyle = BlockStyle()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens features"], context: Float[Array, "batch keys features"]
+        self,
+        x: Float[Array, "batch tokens features"],
+        context: Float[Array, "batch keys features"],
+        angles: Rotation | None = None,
     ) -> tuple[Float[Array, "batch tokens features"], None]:
-        h = layer_norm("norm_self", affine=True, dtype=self.dtype)(x)
-        x = x + Attention(self.heads, use_bias=False, dtype=self.dtype, name="self_attention")(h, h)
-        h = layer_norm("norm_cross", affine=True, dtype=self.dtype)(x)
+        norm, mlp = NORMS[self.style.norm], MLPS[self.style.mlp]
+        h = norm("norm_self", affine=True, dtype=self.dtype)(x)
+        x = x + Attention(self.heads, use_bias=False, dtype=self.dtype, name="self_attention")(h, h, angles)
+        h = norm("norm_cross", affine=True, dtype=self.dtype)(x)
         x = x + Attention(self.heads, use_bias=False, dtype=self.dtype, name="cross_attention")(h, context)
-        h = layer_norm("norm_mlp", affine=True, dtype=self.dtype)(x)
-        x = x + FeedForward(dtype=self.dtype, name="mlp")(h)
+        h = norm("norm_mlp", affine=True, dtype=self.dtype)(x)
+        x = x + mlp(dtype=self.dtype, name="mlp")(h)
         return nn.with_logical_constraint(x, TOKENS), None
 
 
@@ -243,7 +319,8 @@ def stack(
 class FeatureExtractor(nn.Module):
     """DiT blocks with adaLN-Zero, conditioned on the noise level and, where there are labels, on the label.
 
-    Returns the tokens and the condition. One more label, `num_classes`, is the null class: that of no label.
+    grid: the tokens' rows and columns. Returns the tokens and the condition. One more label, `num_classes`, is the null class:
+    that of no label.
     """
 
     width: int
@@ -254,7 +331,7 @@ class FeatureExtractor(nn.Module):
     dropout: float
     remat: bool
     unroll: bool
-    qk_norm: bool = False
+    style: BlockStyle = BlockStyle()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -264,6 +341,7 @@ class FeatureExtractor(nn.Module):
         levels_BK: Float[Array, "batch K"],
         label_B: Int[Array, "batch"] | None,
         deterministic: bool,
+        grid: tuple[int, int],
     ) -> tuple[Float[Array, "batch tokens features"], Float[Array, "batch features"]]:
         condition = LevelEmbedding(self.width, self.level_scale, dtype=self.dtype, name="level")(levels_BK)
         if self.num_classes:
@@ -280,8 +358,9 @@ class FeatureExtractor(nn.Module):
             static_argnums=(3,),
             heads=self.heads,
             dropout=self.dropout,
-            qk_norm=self.qk_norm,
+            style=self.style,
             dtype=self.dtype,
             name="blocks",
         )
-        return blocks(tokens, condition, deterministic)[0], condition
+        angles = self.style.angles(*grid, self.width // self.heads)
+        return blocks(tokens, condition, deterministic, angles)[0], condition

@@ -26,8 +26,18 @@ from fid_imagegen.tasks.generator import (
 from fid_imagegen.tasks.networks import build_generator, grid_size
 from fid_imagegen.tasks.windows import check_windows, draw_windows
 
-# What a teacher must share with its student, who asks it about his own noisy images at his own levels.
-TEACHERS = ("data.image_size", "grid", "data.channels", "noise.", "preconditioning", "time")
+# What a teacher must share with its student, who asks it about his own noisy images at his own levels, and runs it as his own
+# network: of a style's norm and rotary the parameters do not tell.
+TEACHERS = (
+    "data.image_size",
+    "grid",
+    "data.channels",
+    "model.norm",
+    "model.rotary",
+    "noise.",
+    "preconditioning",
+    "time",
+)
 
 
 class ConsistencyTask:

@@ -1,9 +1,12 @@
 """The network of a config: the generator of image functions, or one of its rivals of one fixed size."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from fid_imagegen.models.dit import DITS, DiT
 from fid_imagegen.models.function_generator import PRESETS, FunctionGenerator, function_kind
+from fid_imagegen.models.layers import BlockStyle
 from fid_imagegen.models.unets.presets import UNETS, build_unet
 from fid_imagegen.models.uvit import UVITS, UViT
 
@@ -46,25 +49,23 @@ def _function(config) -> FunctionGenerator:
         dtype=model.dtype,
         **{name: model[field] for field, name in FUNCTION_FIELDS.items() if model[field] is not None},
     )
-    return FunctionGenerator(kind=kind, image_size=grid_size(config), **sizes, **_common(model), qk_norm=model.qk_norm)
+    return FunctionGenerator(kind=kind, image_size=grid_size(config), **sizes, **_common(model), style=_style(model))
 
 
 def _dit(config) -> DiT:
     model = config.model
-    return DiT(channels=config.data.channels, **_sizes(model, DITS), **_common(model), qk_norm=model.qk_norm)
+    return DiT(channels=config.data.channels, **_sizes(model, DITS), **_common(model), style=_style(model))
 
 
 def _uvit(config) -> UViT:
-    if config.model.qk_norm:
-        raise ValueError("found model.qk_norm with network 'uvit', which has none; set config.model.qk_norm=False")
+    _check_unstyled(config.model)
     size = 2 * (grid_size(config),)
     return UViT(size, channels=config.data.channels, **_sizes(config.model, UVITS), **_common(config.model))
 
 
 def _unet(config):
     model = config.model
-    if model.qk_norm:
-        raise ValueError("found model.qk_norm with network 'unet', which has none; set config.model.qk_norm=False")
+    _check_unstyled(model)
     fields = {name: model[name] for name in ("num_classes", "dropout", "remat")} | {"dtype": jnp.dtype(model.dtype)}
     if UNETS.get(model.preset, {}).get("architecture") == "adm":  # the others' embeddings have scales of their own
         fields["level_scale"] = model.level_scale
@@ -87,6 +88,19 @@ def _sizes(model, presets: dict) -> dict:
 def _common(model) -> dict:
     fields = ("patch", "num_classes", "level_scale", "dropout", "remat", "unroll")
     return {name: model[name] for name in fields} | {"dtype": jnp.dtype(model.dtype)}
+
+
+def _style(model) -> BlockStyle:
+    return BlockStyle(**{field.name: model[field.name] for field in dataclasses.fields(BlockStyle)})
+
+
+def _check_unstyled(model) -> None:
+    for field in dataclasses.fields(BlockStyle):
+        if model[field.name] != field.default:
+            raise ValueError(
+                f"found model.{field.name} with network {model.network!r}, which has no such choice; "
+                f"set config.model.{field.name}={field.default!r}"
+            )
 
 
 NETWORKS = {"dit": _dit, "function": _function, "unet": _unet, "uvit": _uvit}

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ import safetensors.numpy
 
 from fid_imagegen.interop.dit import abstract_params, from_state_dict, load_dit, to_state_dict
 from fid_imagegen.models.dit import PUBLIC_DIT, DiT, column_row_positions
+from fid_imagegen.models.layers import BlockStyle
 
 SMALL = DiT(channels=4, patch=2, width=16, heads=2, depth=2, num_classes=5, out_channels=8, level_scale=1.0)
 ODD = DiT(channels=3, patch=3, width=36, heads=3, depth=3, num_classes=2, level_scale=1000.0)
@@ -69,7 +71,15 @@ def test_what_does_not_fit_is_listed(tmp_path):
     with pytest.raises(ValueError, match=r"misshapen: pos_embed\.proj\.weight \(16, 4, 2, 2\) for patches/kernel"):
         from_state_dict(SMALL.clone(patch=4, channels=1, out_channels=2), tensors, "here")
     with pytest.raises(ValueError, match=r"missing: transformer_blocks\.0\.attn1\.norm_k\.weight"):
-        from_state_dict(SMALL.clone(qk_norm=True), tensors, "here")
+        from_state_dict(SMALL.clone(style=BlockStyle(qk_norm=True)), tensors, "here")
+    for style in ({"norm": "rms"}, {"mlp": "swiglu"}, {"rotary": True}):
+        styled = SMALL.clone(style=BlockStyle(**style))
+        for convert in (
+            functools.partial(from_state_dict, styled, tensors, "here"),
+            lambda m=styled: to_state_dict(m, {}),
+        ):
+            with pytest.raises(ValueError, match=r"found a DiT of BlockStyle\(.*, expected norm='layer', mlp='gelu'"):
+                convert()
     with pytest.raises(ValueError, match=r"extra: .*class_embedder"):
         from_state_dict(SMALL.clone(num_classes=0), tensors, "here")
     with pytest.raises(FileNotFoundError, match="found no file .*a DiTTransformer2DModel of diffusers.*the folder tr"):

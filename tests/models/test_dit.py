@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fid_imagegen.models.dit import DITS, PUBLIC_DIT, DiT, column_row_positions
-from fid_imagegen.models.layers import patchify, unpatchify
+from fid_imagegen.models.layers import BlockStyle, patchify, unpatchify
 
-MODEL = DiT(channels=3, patch=2, width=16, heads=2, depth=2, num_classes=3, qk_norm=True)
+MODEL = DiT(channels=3, patch=2, width=16, heads=2, depth=2, num_classes=3, style=BlockStyle(qk_norm=True))
 LEVELS = jnp.asarray([[-1.0], [0.7]])
 LABELS = jnp.asarray([2, 0])
 
@@ -123,7 +123,7 @@ def test_normed_queries_and_keys_have_no_scale(trained, images):
 
     normal = call(trained, images)
     np.testing.assert_allclose(call(ten_times(trained, True), images), normal, atol=1e-3)
-    unnormed = MODEL.clone(qk_norm=False).apply({"params": ten_times(trained, False)}, images, LEVELS, LABELS)
+    unnormed = MODEL.clone(style=BlockStyle()).apply({"params": ten_times(trained, False)}, images, LEVELS, LABELS)
     assert np.abs(unnormed - normal).max() > 0.1
     assert {attention[name]["scale"].shape for name in ("query_norm", "key_norm")} == {(2, 8)}
 

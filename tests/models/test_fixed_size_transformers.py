@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from fid_imagegen.models.dit import DiT
+from fid_imagegen.models.layers import BlockStyle
 from fid_imagegen.models.uvit import UViT
 
 MODELS = {
-    "dit": DiT(channels=3, patch=2, width=16, heads=2, depth=2, num_classes=3, qk_norm=True),
+    "dit": DiT(channels=3, patch=2, width=16, heads=2, depth=2, num_classes=3, style=BlockStyle(qk_norm=True)),
     "uvit": UViT(image_size=(4, 6), channels=3, patch=2, width=16, heads=2, depth=4, num_classes=3),
 }
 LEVELS = jnp.asarray([[-1.0], [0.7]])

@@ -88,6 +88,16 @@ def test_rules_that_cannot_be_meant_are_refused(rules, message, mesh):
         specs(rules, mesh)
 
 
+def test_every_kernel_of_a_gated_mlp_is_cut_along_its_inner_axis(tiny, mesh):
+    config = tiny(**{"model.mlp": "swiglu"})
+    tree = jax.eval_shape(tasks.build(config).init, jax.random.key(0))[0]
+    found = resolve(config.sharding.rules, tree, mesh, min_size=0)["generator"]
+    for mlp in (found["extractor"]["blocks"]["mlp"], found["predictor"]["blocks"]["mlp"]):
+        cuts = {name: leaf["kernel"].spec for name, leaf in mlp.items()}
+        inner = PartitionSpec(None, "fsdp", "tensor")
+        assert cuts == {"gate": inner, "up": inner, "down": PartitionSpec(None, "tensor", "fsdp")}
+
+
 def test_averages_targets_and_optimizer_states_lie_like_their_parameters(tiny, mesh):
     config = tiny()
     task = tasks.build(config)

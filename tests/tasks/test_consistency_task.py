@@ -8,6 +8,7 @@ import pytest
 from configs import common
 from fid_imagegen.diffusion.objectives import OBJECTIVES
 from fid_imagegen.diffusion.preconditioning import consistency_function, preconditioning
+from fid_imagegen.models.layers import BlockStyle
 from fid_imagegen.models.rendering import render
 from fid_imagegen.tasks.generator import render_native, to_float
 
@@ -118,6 +119,7 @@ RIVALS = {
     "local": {"model.function": "local64"} | UNSET,
     "patches": {"model.function": "patch32"} | UNSET,
 }
+STYLED = RIVALS["dit"] | {"model.norm": "rms", "model.mlp": "swiglu", "model.rotary": True}
 
 
 @pytest.mark.parametrize("network", RIVALS)
@@ -137,12 +139,13 @@ def test_every_network_goes_through_the_same_task(tiny_task, random_params, batc
     assert render(functions, 20, 13).shape == (3, 20, 13, 1)
 
 
-@pytest.mark.parametrize("network", ["function", *RIVALS])
+@pytest.mark.parametrize("network", ["function", "styled", *RIVALS])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_runs_on_each_network(tiny_task, batch, network, objective):
     """By shapes alone: networks of meanflow are told two levels, that of cd has a teacher, of ct a target."""
     changes = {"objective": common.objective(objective), "distance": "l2"} | DERIVATIVES.get(objective, {})
-    task = tiny_task(RIVALS.get(network, {}) | changes | {"model.num_classes": 3, "label_dropped": 0.1})
+    network = {"function": {}, "styled": STYLED, **RIVALS}[network]
+    task = tiny_task(network | changes | {"model.num_classes": 3, "label_dropped": 0.1})
     params = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])
     others = dict.fromkeys((*task.tracked, *task.frozen()), params["generator"])
     run = lambda params, others: task.loss(params | others, {}, batch, jax.random.key(0), jnp.int32(3))[0]  # noqa: E731
@@ -151,6 +154,14 @@ def test_each_objective_runs_on_each_network(tiny_task, batch, network, objectiv
     draw = functools.partial(task.sample, steps=2, guidance=2.0)
     made = jax.eval_shape(draw, params, jax.random.key(0), jnp.arange(4))
     assert made.native.noisy.shape == (4, 8, 8, 1)
+
+
+@pytest.mark.parametrize("network", ["dit", "function"])
+def test_a_network_has_the_style_of_its_config(tiny_task, network):
+    styled = {name: value for name, value in STYLED.items() if name != "model.network"}
+    style = tiny_task(styled | {"model.network": network}).model.style
+    assert style == BlockStyle(norm="rms", mlp="swiglu", qk_norm=True, rotary=True)
+    assert tiny_task({"model.network": network}).model.style == BlockStyle()
 
 
 def test_diffusion_samples_go_down_eighteen_levels(tiny_task, random_params):
@@ -266,6 +277,14 @@ def test_lpips_without_its_weights_names_the_file(tiny_task, tmp_path):
             "found a level embedding of 101 radians .*fourier_scale=0.02",
         ),
         ({"model.network": "uvit", "model.qk_norm": True}, "found model.qk_norm with network 'uvit'"),
+        ({"model.network": "uvit", "model.norm": "rms"}, "found model.norm with network 'uvit'.*model.norm='layer'"),
+        ({"model.network": "uvit", "model.rotary": True}, "found model.rotary with network 'uvit'.*rotary=False"),
+        (
+            {"model.network": "unet", "model.preset": "ncsnpp_32", "model.mlp": "swiglu"},
+            "found model.mlp with network 'unet', which has no such choice; set config.model.mlp='gelu'",
+        ),
+        ({"model.norm": "batch"}, "found norm 'batch', expected one of .'layer', 'rms'.; change config.model.norm"),
+        ({"model.network": "dit", "model.mlp": "relu"}, "found mlp 'relu', expected one of .'gelu', 'swiglu'."),
         (
             {"model.network": "dit", "task": "reconstruction"},
             "found pre-training of network 'dit', expected 'function'",

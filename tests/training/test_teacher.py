@@ -46,6 +46,7 @@ def test_a_student_starts_as_its_teacher_and_leaves_it_alone(devices, tiny, teac
             {"time": "angle", "noise.sigma_max": 40.0},
             "another noise.sigma_max: 80.0 there, 40.0 here; time: 'log' there, 'angle' here",
         ),
+        ({"model.norm": "rms"}, "another model.norm: 'layer' there, 'rms' here"),
         (
             {"model.width": 32},
             "found weights in ../teacher that do not fit this model: .*patches/project/bias has shape",

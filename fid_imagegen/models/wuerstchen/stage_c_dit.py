@@ -11,11 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fid_imagegen.models.layers import TOKENS, XAVIER, FeedForward, LevelEmbedding, sin_cos_positions
+from fid_imagegen.models.layers import TOKENS, XAVIER, FeedForward, LevelEmbedding, rms_norm, sin_cos_positions
+from fid_imagegen.models.rotary import Rotation, rotary_angles, rotate
 from fid_imagegen.models.wuerstchen.blocks import (
     HEADS,
     Image,
@@ -30,24 +30,6 @@ from fid_imagegen.models.wuerstchen.blocks import (
 EQUAL_TO_STAGE_C = {"channels": 16, "width": 1536, "text_width": 1280, "depth": 19, "heads": 24, "dropout": 0.1}
 
 Tokens = Float[Array, "batch tokens features"]
-Rotation = Float[np.ndarray, "tokens features"]
-
-
-def rotary_angles(height: int, width: int, features: int) -> Rotation:
-    """Angles [height * width, features / 2]: the first half turns with the row, the second with the column."""
-    if features % 4:
-        raise ValueError(f"found heads of {features} features, expected a multiple of 4; change width or heads")
-    frequencies = 10000.0 ** -(np.arange(features // 4) / (features // 4))
-    rows, columns = np.divmod(np.arange(height * width), width)
-    return np.concatenate([rows[:, None] * frequencies, columns[:, None] * frequencies], axis=1).astype(np.float32)
-
-
-def rotate(x: Float[Array, "batch tokens heads features"], angles: Rotation) -> Array:
-    """Turns the pairs (k, k + features / 2) of every head by the token's angles; computed in float32, returned as given."""
-    first, second = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
-    cosine, sine = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    turned = [first * cosine - second * sine, first * sine + second * cosine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -68,7 +50,7 @@ class TransformerBlock(nn.Module):
         self.query, self.key, self.value, self.out = (dense() for _ in range(4))
         self.text_query, self.text_key, self.text_value, self.text_out = dense(), dense(), dense(), dense(zeros)
         self.query_norm, self.key_norm, self.text_query_norm, self.text_key_norm = (
-            nn.RMSNorm(epsilon=1e-6, dtype=self.dtype) for _ in range(4)
+            rms_norm(affine=True, dtype=self.dtype) for _ in range(4)
         )
         self.modulation = nn.Dense(6 * self.width, kernel_init=zeros, dtype=self.dtype)
         self.mlp = FeedForward(self.dtype)

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fid_imagegen.models.rotary import rotary_angles
 from fid_imagegen.models.wuerstchen.stage_c_dit import (
     EQUAL_TO_STAGE_C,
     StageCTransformer,
     TransformerBlock,
-    rotary_angles,
-    rotate,
 )
 
 STAGE_C_PARAMETERS = 993_636_896
@@ -148,19 +147,6 @@ def test_a_block_is_its_definition(params):
     angles = rotary_angles(height, width, 8)
     ours, _ = block.apply(variables, jnp.float32(x), jnp.float32(level), angles, cond, True)
     np.testing.assert_allclose(ours, y, rtol=1e-4, atol=1e-4 * np.abs(y).max())
-
-
-def test_rotary_products_depend_on_the_distance_alone():
-    angles = rotary_angles(4, 6, 8)
-    assert angles.shape == (24, 4)
-    generator = np.random.default_rng(0)
-    query, key = (jnp.asarray(generator.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
-    turned = [np.asarray(rotate(jnp.tile(x, (1, 24, 1, 1)), angles))[0, :, 0].reshape(4, 6, 8) for x in (query, key)]
-    product = lambda a, b: float(turned[0][a] @ turned[1][b])  # noqa: E731
-    assert product((0, 1), (2, 4)) == pytest.approx(product((1, 2), (3, 5)), abs=1e-4)
-    assert abs(product((0, 1), (2, 4)) - product((0, 1), (4 - 1, 4))) > 1e-3
-    np.testing.assert_allclose(turned[0][0, 0], query[0, 0, 0], atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(turned[0], axis=-1), np.linalg.norm(query), rtol=1e-5)
 
 
 def test_errors_say_what_to_change(inputs):
