@@ -49,8 +49,10 @@ def summary(units: list[dict], metric: str) -> dict[str, float]:
 
 
 def decided(one: dict, other: dict) -> bool:
-    """Whether two summaries differ by more than their seeds do."""
-    return abs(one["mean"] - other["mean"]) > max(one["spread"], other["spread"])
+    """Whether two summaries differ by more than their seeds do; those of one seed do not say."""
+    return min(one["seeds"], other["seeds"]) > 1 and abs(one["mean"] - other["mean"]) > max(
+        one["spread"], other["spread"]
+    )
 
 
 def plot(grouped: dict[str, list[dict]], metric: str, path: Path) -> None:
@@ -90,6 +92,10 @@ def main():
         found = score(path.parent, extract, steps=args.steps)
         units.append({"unit": path.parent.name, "overrides": json.loads(path.read_text())["overrides"], **found})
         print(path.parent.name, found, flush=True)
+    if not units:
+        parser.error(
+            f"found no work units in {args.experiment}, expected ROOT/EXPERIMENT of launch.run; correct --experiment"
+        )
     metrics = [metric for metric in ("frechet", "judged") if metric in units[0]]
     grouped = arms(units)
     table = {name: {metric: summary(group, metric) for metric in metrics} for name, group in grouped.items()}

@@ -27,7 +27,7 @@ def main(argv):
         average_of_width(Path(RUNS.value[0]), WIDTH.value, Path(OUT.value))
         print(f"averaged: {OUT.value}")
         return
-    weights = WEIGHTS.value or [1 / len(RUNS.value)] * len(RUNS.value)
+    weights = WEIGHTS.value or [1 / len(RUNS.value) for _ in RUNS.value]
     average([Path(run) for run in RUNS.value], [float(weight) for weight in weights], Path(OUT.value))
     print(f"averaged: {OUT.value}")
 

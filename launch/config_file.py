@@ -24,7 +24,12 @@ def load(config: str) -> tuple[dict[str, Any], dict[str, Sweep]]:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise LaunchError(f"no get_config in {path}", "a function that returns a ConfigDict", "Define it")
-    values = dict(flatten(module.get_config(*argument)))
+    try:
+        values = dict(flatten(module.get_config(*argument)))
+    except ValueError as error:
+        raise LaunchError(
+            f"config {config!r} that {path} refuses ({error})", "one that it knows", "Correct it"
+        ) from error
     return values, getattr(module, "get_sweep", dict)()
 
 

@@ -1,8 +1,10 @@
+import functools
 import importlib
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -190,6 +192,53 @@ def test_sweeps_name_keys_that_exist(name):
         assert set(overrides) <= set(known)
         config.update_from_flattened_dict(overrides)  # refuses values of another type
         assert dict(_leaves(config)) == known | overrides
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_two_points_of_a_sweep_are_one_run(name):
+    for points in _module(name).get_sweep().values():
+        runs = []
+        for overrides in map(dict, points):
+            config = _module(name).get_config(overrides.pop("variant", ""))
+            config.update_from_flattened_dict(overrides)
+            runs.append(config.to_json())
+        assert len(set(runs)) == len(runs)
+
+
+def _mflop(config):
+    """Of one image and training step, by XLA's count."""
+    task, count = tasks.build(config), 16
+    params, batch = jax.eval_shape(lambda: (task.init(jax.random.key(0))[0], _batch(count)))
+    loss = lambda params, batch: task.loss(params, {}, batch, jax.random.key(0), jnp.int32(3))[0]  # noqa: E731
+    return jax.jit(jax.grad(loss)).lower(params, batch).cost_analysis()["flops"] / count / 1e6
+
+
+def _batch(count):
+    images = jnp.zeros((count, 8, 8, 1), jnp.uint8)
+    return {"image": images, "label": jnp.zeros(count, jnp.int32), "row": jnp.arange(count)}
+
+
+@functools.cache
+def _global_mflop():
+    return _mflop(_module("studies.generators").get_config(""))
+
+
+@pytest.mark.parametrize("arm", ["local", "patches", "dit", "uvit"])
+def test_the_rivals_of_a_study_cost_the_same(arm):
+    assert _mflop(_module("studies.generators").get_config(arm)) == pytest.approx(_global_mflop(), rel=0.06)
+
+
+def test_longer_training_costs_what_pretraining_does():
+    usual, pretrained, longer = (_module("studies.pretraining").get_config(arm) for arm in ("", "pretrained", "longer"))
+    phase = phases.pretrain_config(pretrained)
+    more = (longer.num_steps - usual.num_steps) * longer.batch_size * _global_mflop()
+    assert more == pytest.approx(phase.num_steps * phase.batch_size * _mflop(phase), rel=0.01)
+
+
+def test_every_batch_size_sees_the_same_images():
+    for point in _module("studies.batches").get_sweep()["batch"]:
+        assert point["batch_size"] * point["num_steps"] == pytest.approx(192_000, rel=0.01)
+        assert point["batch_size"] // point["accumulate"] <= 512
 
 
 @pytest.mark.parametrize(("name", "arg"), [case for case in CASES if "runlocal" in case[1]])

@@ -56,10 +56,13 @@ def test_edits_keep_what_is_known_and_nothing_else(pipe, edit, settings):
         ({"mask": None}, "found neither mask nor factor for 'inpaint', expected a mask"),
         ({"factor": 2}, "found a mask and a factor for 'inpaint', expected a mask"),
         ({"mask": MASK * 2}, r"from 0 to 2, expected 0 and 1 in \[8, 8\]"),
+        ({"mask": MASK[:0]}, r"found a mask of shape \(0, 8\), expected 0 and 1 in \[8, 8\]"),
         (
             {"edit": "super_resolve", "mask": None, "factor": 3},
-            "found factor 3, expected a divisor of the training size 8",
+            "found factor 3, expected an integer, a divisor of the training size 8",
         ),
+        ({"edit": "super_resolve", "mask": None, "factor": 0}, "found factor 0, expected an integer"),
+        ({"edit": "super_resolve", "mask": None, "factor": 4.0}, "found factor 4.0, expected an integer"),
     ],
 )
 def test_edits_that_cannot_be(pipe, changes, message):

@@ -8,6 +8,7 @@ import pytest
 from configs import common
 from fid_imagegen import ImageFunctionPipeline, RenderableFunctions
 from fid_imagegen.interop.safetensors_io import save_tree
+from fid_imagegen.models import rendering
 from fid_imagegen.pipelines import image_functions
 from fid_imagegen.training.runs import write_config
 
@@ -59,6 +60,18 @@ def test_labels_follow_their_images_through_batches(pipe, functions, monkeypatch
         lambda a, b: np.abs(a - b).max(axis=(1, 2)), turn.functions.per_image, other.functions.per_image
     )
     assert (np.max(jax.tree.leaves(moved), axis=0)[3:] > 1e-3).all()
+
+
+def test_an_edit_follows_what_is_asked(pipe):
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
+    asked = {"factor": 4, "steps": 2, "seed": 1, "labels": [0, 1]}
+    at = lambda **changes: rendering.render(pipe.edit(images, "super_resolve", **asked | changes).functions, 8, 8)  # noqa: E731
+    first = at()
+    np.testing.assert_array_equal(at(), first)
+    for changes in ({"factor": 2}, {"steps": 3}, {"seed": 2}):
+        assert (np.abs(at(**changes) - first).max(axis=(1, 2, 3)) > 1e-3).all()
+    other = np.abs(at(labels=[2, 1]) - first).max(axis=(1, 2, 3))
+    assert other[0] > 1e-3 and other[1] < 1e-4
 
 
 def test_renders_are_bytes_of_any_size(functions):
@@ -133,9 +146,20 @@ def test_folders_that_are_no_runs(pipe, tmp_path):
         ImageFunctionPipeline.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 3], [0, 1, -1], 1])
-def test_labels_that_cannot_be(pipe, labels):
-    with pytest.raises(ValueError, match="found labels.*expected 3 integers from 0 to 2"):
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([0, 1], r"int64 of shape \(2,\)"),
+        (1, r"int64 of shape \(\)"),
+        ([0, 1, 3], "from 0 to 3"),
+        ([0, 1, -1], "from -1 to 1"),
+        ([0, 1, 2**32], "from 0 to 4294967296"),  # 0 in 32 bits
+        ([0.0, 1.0, 1.5], r"float64 of shape \(3,\)"),
+        ([True, False, True], r"bool of shape \(3,\)"),
+    ],
+)
+def test_labels_that_cannot_be(pipe, labels, found):
+    with pytest.raises(ValueError, match=f"found labels {found}, expected 3 integers from 0 to 2"):
         pipe.generate(3, labels=labels)
 
 
@@ -149,9 +173,12 @@ def test_generators_that_cannot():
     pipe = ImageFunctionPipeline(make_config(task="reconstruction"), {})
     with pytest.raises(ValueError, match="found a reconstruction run"):
         pipe.generate(1)
+    with pytest.raises(ValueError, match="found a run of task 'reconstruction', expected a generator"):
+        pipe.edit(np.zeros((1, 8, 8, 1), np.uint8), "super_resolve", factor=2)
     pipe = ImageFunctionPipeline(make_config(**{"model.num_classes": 0}), {"generator": {}})
-    with pytest.raises(ValueError, match="found labels for a model without classes"):
-        pipe.generate(1, labels=[0])
+    for labels in ([0], [0, 1]):
+        with pytest.raises(ValueError, match="found labels for a model without classes"):
+            pipe.generate(1, labels=labels)
     with pytest.raises(ValueError, match="found 0 sampling steps"):
         pipe.generate(1, steps=0)
 

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from benchmarks import study
 from benchmarks.study import arms, decided, plot, summary
 
 
@@ -24,5 +27,14 @@ def test_a_gap_below_the_seeds_spread_is_undecided(tmp_path):
     found = {name: {"frechet": summary(group, "frechet")} for name, group in arms(UNITS).items()}
     one, other = (arm["frechet"] for arm in found.values())
     assert not decided(one, other) and decided(one, other | {"mean": 1.65}) and decided(other | {"mean": 1.65}, one)
+    alone = {"mean": 0.0, "spread": 0.0, "seeds": 1}  # one seed has no spread to go by
+    assert not decided(alone, one) and not decided(one, alone)
     plot(arms(UNITS), "frechet", tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def test_an_experiment_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study", f"--experiment={tmp_path / 'none'}"])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "found no work units in" in capsys.readouterr().err and not list(tmp_path.iterdir())

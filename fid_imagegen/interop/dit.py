@@ -129,7 +129,7 @@ def _stacked(model: DiT, tree: Mapping, source: str) -> dict:
 
 
 def _check_positions(positions: np.ndarray, width: int, source: str) -> None:
-    side = math.isqrt(positions.shape[1])
+    side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
     expected = column_row_positions(side, side, width)[None]
     if positions.shape != expected.shape or np.abs(positions - expected).max() > 1e-3:
         raise ValueError(

@@ -67,6 +67,11 @@ class CoordinateMLP:
             )
         if self.depth < 2:
             raise ValueError(f"found an image function of depth {self.depth}, expected at least 2 linear layers")
+        if min(self.width, self.bands, self.groups) < 1 or not 0 < self.cutoff < math.inf:
+            raise ValueError(
+                f"found width {self.width}, bands {self.bands}, groups {self.groups}, cutoff {self.cutoff}, expected "
+                "positive ones; change the function's fields in config.model"
+            )
         for _, fan_out in self.layer_sizes:
             if self.weight_update != "low_rank" and fan_out % min(self.groups, fan_out):
                 raise ValueError(

@@ -158,7 +158,7 @@ class FunctionGenerator(nn.Module):
         if self.image_size % self.patch:
             raise ValueError(
                 f"found image size {self.image_size} with patch {self.patch}, expected a multiple; "
-                "change config.data.image_size or config.model.patch"
+                "change config.data.image_size, config.grid where it is set, or config.model.patch"
             )
         common = {
             "width": self.width,

@@ -23,17 +23,19 @@ def check(images: np.ndarray, edit: str, size: int, channels: int, *, mask=None,
         )
     if edit == "colourise" and channels != 3:
         raise ValueError(f"found a generator of {channels} channels, expected 3 for 'colourise'")
-    if edit == "inpaint" and (np.shape(mask) != (size, size) or not np.isin(mask, (0, 1)).all()):
+    if edit == "inpaint" and np.shape(mask) != (size, size):
+        raise ValueError(f"found a mask of shape {np.shape(mask)}, expected 0 and 1 in [{size}, {size}]")
+    if edit == "inpaint" and not np.isin(mask, (0, 1)).all():
         raise ValueError(
-            f"found a mask of shape {np.shape(mask)} from {np.min(mask):g} to {np.max(mask):g}, expected 0 and 1 in "
-            f"[{size}, {size}]"
+            f"found a mask from {np.min(mask):g} to {np.max(mask):g}, expected 0 and 1 in [{size}, {size}]"
         )
-    if edit == "super_resolve" and (factor < 1 or size % factor):
-        raise ValueError(f"found factor {factor}, expected a divisor of the training size {size}")
+    # A whole number of another type is no size: one that is let through stays in the cache of einops, for the next call too.
+    if edit == "super_resolve" and (not isinstance(factor, int | np.integer) or factor < 1 or size % factor):
+        raise ValueError(f"found factor {factor!r}, expected an integer, a divisor of the training size {size}")
 
 
 def projection(edit: str, mask, factor: int | None) -> editing.Projection:
     """What a checked `edit` knows of images."""
     if edit == "inpaint":
         return editing.inpainting(mask)
-    return editing.colourisation() if edit == "colourise" else editing.super_resolution(factor)
+    return editing.colourisation() if edit == "colourise" else editing.super_resolution(int(factor))

@@ -168,6 +168,10 @@ class ImageFunctionPipeline:
 
         Raises ValueError for images of another size and for what an edit lacks or has no use for.
         """
+        if not hasattr(self.task, "edit"):
+            raise ValueError(
+                f"found a run of task {self.config.task!r}, expected a generator: train the consistency task"
+            )
         size, channels = grid_size(self.config), self.config.data.channels
         edits.check(images, edit, size, channels, mask=mask, factor=factor)
         labels = self._check_labels(len(images), labels)
@@ -189,11 +193,16 @@ class ImageFunctionPipeline:
     def _check_labels(self, num: int, labels):
         if labels is None:
             return None
-        classes = self.config.model.num_classes
-        labels = np.asarray(labels, np.int32)
-        if labels.shape != (num,) or (classes and not ((labels >= 0) & (labels < classes)).all()):
-            raise ValueError(f"found labels of shape {labels.shape}, expected {num} integers from 0 to {classes - 1}")
-        return labels
+        classes, labels = self.config.model.num_classes, np.asarray(labels)
+        if not classes:
+            raise ValueError(
+                "found labels for a model without classes; leave labels out, or train with model.num_classes"
+            )
+        whole = labels.shape == (num,) and np.issubdtype(labels.dtype, np.integer)
+        if not whole or labels.min() < 0 or labels.max() >= classes:
+            found = f"from {labels.min()} to {labels.max()}" if whole else f"{labels.dtype} of shape {labels.shape}"
+            raise ValueError(f"found labels {found}, expected {num} integers from 0 to {classes - 1}; change labels")
+        return labels.astype(np.int32)
 
 
 def _concatenate(parts: list[ImageFunctions], num: int) -> ImageFunctions:

@@ -26,18 +26,10 @@ from fid_imagegen.tasks.generator import (
 from fid_imagegen.tasks.networks import build_generator, grid_size
 from fid_imagegen.tasks.windows import check_windows, draw_windows
 
-# What a teacher must share with its student, who asks it about his own noisy images at his own levels, and runs it as his own
-# network: of a style's norm and rotary the parameters do not tell.
-TEACHERS = (
-    "data.image_size",
-    "grid",
-    "data.channels",
-    "model.norm",
-    "model.rotary",
-    "noise.",
-    "preconditioning",
-    "time",
-)
+# What a teacher must share with its student, who asks it about his own noisy images at his own levels, and reads its weights with
+# his own network: heads, level_scale, weight_update, norm and rotary show in no shape.
+TEACHERS = ("data.image_size", "grid", "data.channels", "noise.", "preconditioning", "time", "model.")
+OWN = ("model.dropout", "model.dtype", "model.remat", "model.unroll")  # a student's own
 
 
 class ConsistencyTask:
@@ -46,6 +38,7 @@ class ConsistencyTask:
     trained = ("generator",)
 
     def __init__(self, config):
+        check_windows(config)
         self.config = config
         self.noise = NoiseRange(**config.noise)
         self.form = preconditioning(config.preconditioning, config.time)
@@ -53,7 +46,10 @@ class ConsistencyTask:
         # The objective is built once here so that a config's mistakes show at once; LPIPS binds its weights per call.
         self.objective = self._objective(lambda a, b: jnp.zeros(a.shape[0]))
         self._check(config)
-        check_windows(config)
+        if not 0 <= config.label_dropped <= 1:
+            raise ValueError(
+                f"found label_dropped {config.label_dropped}, expected a share from 0 to 1; change config.label_dropped"
+            )
         if config.label_dropped and not config.model.num_classes:
             raise ValueError(
                 f"found label_dropped {config.label_dropped} for a model without classes, expected 0; set model.num_classes"
@@ -110,10 +106,18 @@ class ConsistencyTask:
         return {"teacher": ("generator", self._check_teacher)}
 
     def _check_teacher(self, theirs, folder: str) -> None:
+        found = theirs.task, theirs.get("objective", {}).get("name")
+        if found != ("consistency", "edm"):
+            raise ValueError(
+                f"found a run of task {found[0]!r} and objective {found[1]!r} in {folder}, expected a teacher, of task "
+                "'consistency' and objective 'edm'; change config.init.teacher"
+            )
         ours, theirs = (dict(_flat(each)) for each in (self.config, theirs))
-        shared = [key for key in ours if key.startswith(TEACHERS)]
+        shared = [key for key in ours if key.startswith(TEACHERS) and key not in OWN]
         differing = [
-            f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in shared if theirs.get(key) != ours[key]
+            f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here"
+            for key in shared
+            if _plain(theirs.get(key)) != _plain(ours[key])
         ]
         if differing:
             raise ValueError(
@@ -255,6 +259,11 @@ class ConsistencyTask:
                 )
             return None
         return index_B % self.num_classes if label_B is None else jnp.asarray(label_B, jnp.int32)
+
+
+def _plain(value):
+    """A tuple is a list in a work directory."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _flat(config, prefix: str = ""):

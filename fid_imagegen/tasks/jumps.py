@@ -24,13 +24,14 @@ from fid_imagegen.tasks.stage_c import StageCTask
 # The cosine path's ends: alpha_bar of 0.9999 and of 0.0001.
 NOISE = NoiseRange(sigma_min=0.01, sigma_max=99.99, sigma_data=1.0)
 DISTANCE_NAMES = ("l2", "pseudo_huber")
+OWN = ("dropout", "dtype", "remat", "unroll")  # fields of a model that need not be the teacher's
 TEACHER, GUIDANCE = "teacher", "guidance"
 
 
 class Jumps:
     """What the twins share; before the stage's own task among a class's bases. A class says
 
-        stage: the task of its teacher and start.       shared: what their configs must agree in.
+        stage: the task of its teacher and start.       shared: what their configs must agree in, beside the model.
         examples(groups, batch, keys_B): (x0, conditions to follow, those of nothing).
 
     Its group and `guidance` are trained, what the stage trains beside it is kept (rate 0), `teacher` is frozen. The guidance
@@ -126,7 +127,8 @@ class Jumps:
                 )
 
     def _check_start(self, theirs, folder: str) -> None:
-        wanted = {name: _at(self.config, name) for name in self.shared} | {"form": "v"}
+        model = [f"model.{field}" for field in self.config.model if field not in OWN]  # heads show in no shape
+        wanted = {name: _at(self.config, name) for name in (*self.shared, *model)} | {"form": "v"}
         pairs = {name: (_at(theirs, name), wanted[name]) for name in wanted}
         differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         if differing:
@@ -138,7 +140,7 @@ class StageCJumpsTask(Jumps, StageCTask):
     """Text -> latents of the compressor, from a trained Stage C."""
 
     group, stage = "stage_c_jumps", "stage_c"
-    shared = ("latent_scale", "compressor", "text", "model.level_scale")
+    shared = ("latent_scale", "compressor", "text")
     compressor_channels = 0  # among the conditions
 
     def examples(self, groups, batch, keys_B):
@@ -153,7 +155,7 @@ class StageBJumpsTask(Jumps, StageBTask):
     """The compressor's latents, and text -> Stage A's latents, from a trained Stage B; its compressor no longer learns."""
 
     group, stage = "stage_b_jumps", "stage_b"
-    shared = ("latent_scale", "vqgan", "compressor", "text", "model.level_scale")
+    shared = ("latent_scale", "vqgan", "compressor", "text")
 
     @property
     def compressor_channels(self) -> int:
@@ -191,8 +193,8 @@ def _check_form(config):
 def _objective(config):
     """The objective of a config on the cosine path. ValueError for one that cannot be."""
     fields = dict(config.objective)
-    form = preconditioning("edm", "angle")
-    name, common = fields.pop("name"), {"noise": NOISE, "form": form, "num_steps": config.num_steps}
+    common = {"noise": NOISE, "form": preconditioning("edm", "angle"), "num_steps": config.num_steps}
+    name = fields.pop("name")
     objective = objectives.build(name, distance=DISTANCES[config.distance], **common, **fields)
     if objective.sampler != "consistency":
         raise ValueError(

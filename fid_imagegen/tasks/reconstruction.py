@@ -25,6 +25,7 @@ class ReconstructionTask:
     tracked: dict = {}
 
     def __init__(self, config):
+        check_windows(config)
         self.config = config
         self.model = build_generator(config)
         if not hasattr(self.model, "reconstruct"):
@@ -32,7 +33,6 @@ class ReconstructionTask:
                 f"found pre-training of network {config.model.network!r}, expected 'function': others have no predictor; set "
                 "config.pretrain.num_steps=0"
             )
-        check_windows(config)
         self.noise = NoiseRange(**config.noise)
         self.form = preconditioning(config.preconditioning, config.time)
         self.clean_scale = self.form.clean_scale(self.noise)

@@ -84,6 +84,8 @@ def draw_windows(config, key: Key[Array, ""]) -> Windows:
 def check_windows(config) -> None:
     """ValueError for grids and windows that cannot be."""
     size = config.data.image_size
+    if config.grid < 0:
+        raise ValueError(f"found grid {config.grid}, expected 0 or more pixels a side; change config.grid")
     if config.window and not config.grid:
         raise ValueError(f"found window {config.window} without a grid, expected both or neither; set config.grid")
     if not 0 <= config.window <= size:

@@ -25,7 +25,8 @@ def average(runs: Sequence[Path], weights: Sequence[float], out: Path) -> None:
 
     Raises ValueError for weights that are not positive shares of 1, and for runs of other tasks, models, tokenizers or towers.
     """
-    if len(weights) != len(runs) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-6:
+    # Every comparison with a weight that is no number is false.
+    if len(weights) != len(runs) or not (min(weights, default=0) > 0 and abs(sum(weights) - 1) <= 1e-6):
         raise ValueError(
             f"found weights {list(weights)} for {len(runs)} runs, expected one positive weight a run with sum 1; change --weights"
         )

@@ -68,6 +68,19 @@ def test_a_set_of_one_image_has_no_loss_where_every_jump_ends_at_it(name):
         assert run(objective, wrong, x0)[0].min() > 1e-6
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_nets_are_given_the_condition_and_the_student_its_dropout(name):
+    seen = []
+
+    def recorder(who):
+        return lambda scaled, levels_BK, cond, *, key=None: seen.append((who, cond, key)) or 0.1 * scaled
+
+    nets = {who: recorder(who) for who in ("student", "teacher")}
+    build(name)(nets, jnp.zeros((64, 1, 1, 1)), "labels", keys=KEYS, key=KEY, step=7)
+    assert {who for who, *_ in seen} == ({"student", "teacher"} if name == "cd" else {"student"})
+    assert all(cond == "labels" and key is (KEY if who == "student" else None) for who, cond, key in seen)
+
+
 def test_edm_weighs_the_square_by_level():
     x0, seen = jnp.zeros((64, 2, 3, 2)), {}
 
@@ -209,15 +222,31 @@ def test_meanflow_draws_the_ends_of_jumps():
     assert np.log(r / (1 - r))[r < t].mean() == pytest.approx(-0.4 - np.pi**-0.5, abs=0.08)
 
 
+def test_meanflow_stays_on_the_path_that_is_sampled():
+    t, r = build("meanflow", logit_deviation=10.0).times(jax.random.split(jax.random.key(5), 400))
+    assert float(r.min()) == pytest.approx(0.002 / 1.002) and float(t.max()) == pytest.approx(80 / 81)
+
+
 def test_meanflow_weighs_by_the_error():
+    """As a constant: gradients are weighed as values are."""
     x0 = example_normal(KEYS, (2, 3, 2)) / 2
-    plain, weighed = (run(build("meanflow", power=p), some_net_flow, x0)[0] for p in (0.0, 0.75))
-    np.testing.assert_allclose(weighed, plain / (plain + 0.01) ** 0.75, rtol=1e-6)
+
+    def losses(w, power):
+        net = lambda *args, key=None: w * some_net_flow(*args)  # noqa: E731
+        objective = build("meanflow", power=power)
+        return objective({"student": net}, x0, None, keys=KEYS, key=KEY, step=0)[0]
+
+    plain, weight = losses(1.0, 0.0), (losses(1.0, 0.0) + 0.01) ** -0.75
+    np.testing.assert_allclose(losses(1.0, 0.75), weight * plain, rtol=1e-6)
+    slopes = [jax.jacrev(losses)(1.0, power) for power in (0.0, 0.75)]
+    np.testing.assert_allclose(slopes[1], weight * slopes[0], rtol=1e-6)
 
 
-def test_meanflow_holds_the_velocity_to_the_data():
+@pytest.mark.parametrize("logit_mean", [-0.4, -3.5])  # below t = 0.05 too
+def test_meanflow_holds_the_velocity_to_the_data(logit_mean):
     """v = u + (t - r) du/dt, du/dt = du/dz v(z, t) + du/dt by finite differences, against e - x0."""
-    objective, x0 = build("meanflow", power=0.0, instant=0.0), example_normal(KEYS, (2, 3, 2)) / 2
+    objective = build("meanflow", power=0.0, instant=0.0, logit_mean=logit_mean)
+    x0 = example_normal(KEYS, (2, 3, 2)) / 2
     keys = jax.vmap(lambda k: jax.random.split(k, 2))(KEYS)
     t, r = objective.times(keys[:, 0])
     e = example_normal(keys[:, 1], x0.shape[1:])
@@ -229,7 +258,9 @@ def test_meanflow_holds_the_velocity_to_the_data():
     v, h = u(z, t, t), 1e-6
     du = (u(z + h * v, t + h, r) - u(z - h * v, t - h, r)) / (2 * h)
     error = u(z, t, r) + per_image(t - r) * du - (e - x0)
-    np.testing.assert_allclose(run(objective, some_net_flow, x0)[0], jnp.sum(error**2, axis=(1, 2, 3)), rtol=1e-5)
+    found, metrics = run(objective, some_net_flow, x0)
+    np.testing.assert_allclose(found, jnp.sum(error**2, axis=(1, 2, 3)), rtol=1e-5)
+    assert float(metrics["velocity_error"]) == pytest.approx(float(jnp.mean(error**2)), rel=1e-5)
 
     def loss(w):
         net = lambda *args, key=None: w * some_net_flow(*args)  # noqa: E731

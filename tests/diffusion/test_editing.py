@@ -40,7 +40,7 @@ def test_what_is_known():
 
 
 def test_every_step_sees_the_known_part_under_its_noise():
-    seen = []
+    seen, noise = [], NoiseRange(sigma_min=1.0, sigma_max=8.0)  # sqrt(level^2 - min^2) is far from the level
 
     def denoise(x, sigma):
         jax.debug.callback(lambda x, sigma: seen.append((x, sigma)), x, sigma, ordered=True)
@@ -50,17 +50,29 @@ def test_every_step_sees_the_known_part_under_its_noise():
     many = jnp.tile(known, (40, 8, 8, 1))
     project = editing.inpainting(np.tile(MASK, (8, 8)))
     x, sigma = editing.edit_input(
-        denoise, many, project, jax.random.split(jax.random.key(1), 120), steps=4, noise=NOISE
+        denoise, many, project, jax.random.split(jax.random.key(1), 120), steps=4, noise=noise
     )
     jax.effects_barrier()
     levels = [float(s[0]) for _, s in seen] + [float(sigma[0])]
-    assert len(levels) == 4 and levels == sorted(levels, reverse=True) and levels[0] == pytest.approx(80)
-    assert levels[-1] > 10 * NOISE.sigma_min
-    for (noisy, _), level in zip([*seen[1:], (x, None)], levels[1:], strict=True):
-        left = np.asarray(noisy) - np.asarray(many)
-        inside = np.tile(MASK, (8, 8))[None, :, :, None] == 1
-        noise = np.where(inside, left, left - 9)
-        assert noise.mean() == pytest.approx(0, abs=0.05 * level) and noise.std() == pytest.approx(level, rel=0.03)
+    assert len(levels) == 4 and levels == sorted(levels, reverse=True) and levels[0] == pytest.approx(8)
+    assert levels[-1] > 1.3
+    inside, added = np.tile(MASK, (8, 8))[None, :, :, None] == 1, []
+    for number, (noisy, level) in enumerate(zip([*(noisy for noisy, _ in seen), x], levels, strict=True)):
+        # At the start nothing stands where nothing is known.
+        left = np.asarray(noisy) - np.asarray(many) - np.where(inside | (number == 0), 0, 9)
+        assert left.mean() == pytest.approx(0, abs=0.01 * level)
+        assert left.std() == pytest.approx((level**2 - (number > 0)) ** 0.5, rel=0.005)
+        assert np.mean(left * many) == pytest.approx(0, abs=0.005 * level)  # it is on the known part, and on all of it
+        added.append(left.ravel())
+    assert np.abs(np.corrcoef(added) - np.eye(4)).max() < 0.01  # fresh at every step
+
+
+def test_an_edit_depends_on_its_own_key():
+    project = PROJECTIONS["colourisation"]
+    run = lambda part: editing.edit_input(  # noqa: E731
+        lambda x, sigma: x / sigma[:, None, None, None], project(X)[part], project, KEYS[part], steps=3, noise=NOISE
+    )
+    np.testing.assert_allclose(run(slice(1, 3))[0], run(slice(3))[0][1:], rtol=1e-6, atol=1e-6)
 
 
 def test_one_step_is_of_pure_noise():

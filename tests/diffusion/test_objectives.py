@@ -98,6 +98,19 @@ def linear(weight):
     return lambda x, levels_BK, cond, *, key: weight * x + 0.3 * levels_BK[:, :1, None, None]
 
 
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_the_noise_is_the_one_given(name):
+    """That of windows is interpolated. Here no answer is a number, for the noise is none."""
+    objective = build(
+        name,
+        form="mean_flow" if name == "meanflow" else "edm",
+        draw=lambda keys, shape: jnp.full((len(keys), *shape), jnp.nan),
+    )
+    nets = dict.fromkeys(("student", "target", "teacher"), linear(0.8))
+    loss, _ = objective(nets, X0, None, keys=KEYS, key=KEY, step=jnp.asarray(STEP))
+    assert np.isnan(loss).all()
+
+
 @pytest.mark.parametrize("name", PAIRED)
 def test_no_gradient_enters_the_target(name):
     objective = build(name, form="edm")
@@ -182,3 +195,17 @@ def test_ect_stays_finite_where_there_is_no_level_below():
 def test_unknown_objectives_list_the_known():
     with pytest.raises(ValueError, match="found objective 'imm', expected one of .'cd', 'ct', 'ect', 'edm', .*'sct'."):
         objectives.build("imm")
+
+
+def test_fields_of_another_objective_are_named():
+    """What `--config.objective.name` alone leaves behind."""
+    with pytest.raises(
+        ValueError, match="found b, k, q, stages for objective 'ict', which has none: .*config.objective"
+    ):
+        build("ict", q=2.0, stages=8, k=8.0, b=1.0, log_mean=-1.1)
+
+
+@pytest.mark.parametrize("fields", [{"levels": 1}, {"mu": 1.0}, {"mu": -0.1}])
+def test_distillation_that_cannot_be(fields):
+    with pytest.raises(ValueError, match="found levels=.*, mu=.*, expected levels >= 2 and 0 <= mu < 1"):
+        build("cd", **fields)

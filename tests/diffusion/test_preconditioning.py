@@ -47,7 +47,7 @@ def test_the_boundary_condition_is_exact(name):
     np.testing.assert_array_equal(found, x)
 
 
-@pytest.mark.parametrize(("name", "scale"), [("edm", 0.5), ("x0_blend", 1.0)])
+@pytest.mark.parametrize(("name", "scale"), [("edm", 0.5), ("x0_blend", 1.0), ("mean_flow", 1.0)])
 def test_clean_scale_is_what_the_output_counts_for_in_pure_noise(name, scale):
     form = preconditioning(name)
     assert form.clean_scale(NOISE) == scale

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fid_imagegen.diffusion.noise import NoiseRange
-from fid_imagegen.diffusion.samplers import consistency_input, sampling_sigmas
+from fid_imagegen.diffusion.samplers import consistency_input, heun_input, sampling_sigmas
 
 # A large sigma_min, so that sqrt(next^2 - min^2) is far from next.
 NOISE = NoiseRange(sigma_min=0.5, sigma_max=80.0)
@@ -16,6 +16,7 @@ def test_levels_of_a_sample():
     np.testing.assert_allclose(sampling_sigmas(1, NOISE), [80])
     np.testing.assert_allclose(sampling_sigmas(2, NOISE), [80, 0.821])
     np.testing.assert_allclose(sampling_sigmas(3, NOISE), [80, (80 * 0.821) ** 0.5, 0.821])
+    np.testing.assert_allclose(sampling_sigmas(3, NoiseRange(sigma_max=0.7)), 0.7)  # never noisier than the start
     with pytest.raises(ValueError, match="found 0 sampling steps, expected at least 1"):
         sampling_sigmas(0, NOISE)
 
@@ -49,3 +50,17 @@ def test_a_sample_depends_on_its_own_key():
     whole, _ = consistency_input(denoise, KEYS[:5], SHAPE, steps=2, noise=NOISE)
     part, _ = consistency_input(denoise, KEYS[2:5], SHAPE, steps=2, noise=NOISE)
     np.testing.assert_allclose(part, whole[2:], rtol=1e-6)
+
+
+def test_heun_goes_from_pure_noise_to_the_smallest_level():
+    """Of N(0, s^2) the denoiser is x s^2 / (s^2 + sigma^2), and its paths are straight to where sqrt(s^2 + sigma^2) says."""
+    s = 0.5
+    denoise = lambda x, sigma: x * (s**2 / (s**2 + sigma**2))[:, None, None, None]  # noqa: E731
+    start, sigma = heun_input(None, KEYS, SHAPE, steps=1, noise=NOISE)
+    assert float(start.std()) == pytest.approx(80, rel=0.03)
+    np.testing.assert_array_equal(sigma, np.full(40, 80))
+    x, sigma = heun_input(denoise, KEYS, SHAPE, steps=40, noise=NOISE)
+    np.testing.assert_allclose(sigma, np.full(40, 0.5), rtol=1e-5)
+    np.testing.assert_allclose(x, start * ((s**2 + 0.5**2) / (s**2 + 80**2)) ** 0.5, rtol=1e-2)
+    with pytest.raises(ValueError, match="found 0 sampling steps, expected at least 1"):
+        heun_input(denoise, KEYS, SHAPE, steps=0, noise=NOISE)

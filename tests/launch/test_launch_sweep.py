@@ -115,6 +115,10 @@ def test_a_variant_is_an_argument_of_the_units_config(config, tmp_path, capsys):
 def test_bad_config_files(tmp_path, capsys):
     assert run.main(["--config", str(tmp_path / "none.py"), "--list"]) == 2
     assert "no config file" in capsys.readouterr().err
+    picky = "def get_config(arg=''):\n    raise ValueError(f'found config argument {arg!r}')\n"
+    (tmp_path / "picky.py").write_text(picky)
+    assert run.main(["--config", f"{tmp_path / 'picky.py'}:nonsense", "--list"]) == 2
+    assert "(found config argument 'nonsense'). Expected one that it knows" in capsys.readouterr().err
     (tmp_path / "plain.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict\n")
     assert run.main(["--config", str(tmp_path / "plain.py"), "--list"]) == 0
     assert run.main(["--config", str(tmp_path / "plain.py"), "--sweep", "lr", "--list"]) == 2

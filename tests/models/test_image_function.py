@@ -195,6 +195,9 @@ def test_the_phases_of_sine_functions_are_not_rounded(make_functions):
         ({"activation": "tanh"}, "found activation='tanh', expected one of"),
         ({"weight_update": "add"}, "found weight_update='add', expected one of"),
         ({"depth": 1}, "found an image function of depth 1"),
+        ({"groups": 0}, "found width 8, bands 3, groups 0, cutoff 4.0, expected positive ones"),
+        ({"bands": 0}, "bands 0, .*expected positive ones"),
+        ({"cutoff": math.nan}, "cutoff nan, expected positive ones"),
     ],
 )
 def test_functions_that_cannot_be(fields, message):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from configs import common
+from fid_imagegen.diffusion import editing
+from fid_imagegen.diffusion.noise import example_keys
 from fid_imagegen.diffusion.objectives import OBJECTIVES
 from fid_imagegen.diffusion.preconditioning import consistency_function, preconditioning
 from fid_imagegen.models.layers import BlockStyle
@@ -139,6 +141,29 @@ def test_every_network_goes_through_the_same_task(tiny_task, random_params, batc
     assert render(functions, 20, 13).shape == (3, 20, 13, 1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"model.weight_update": "low_rank"}, ()),
+        (RIVALS["dit"], ()),
+        (RIVALS["uvit"], ()),
+        (RIVALS["unet"], ("patch", "unroll", "level_scale")),
+        ({"model.network": "unet", "model.preset": "adm_64"}, ("patch", "unroll")),
+    ],
+    ids=["function", "dit", "uvit", "ncsnpp", "adm"],
+)
+def test_what_a_config_says_reaches_the_network(tiny_task, changes, lacks):
+    fields = {"num_classes": 3, "dropout": 0.25, "remat": True, "dtype": "bfloat16", "patch": 2}
+    fields = {
+        name: value for name, value in (fields | {"unroll": True, "level_scale": 7.0}).items() if name not in lacks
+    }
+    own = changes | {f"model.{name}": value for name, value in fields.items()}
+    model = tiny_task(own).model
+    assert {name: getattr(model, name) for name in fields} == fields
+    if changes == {"model.weight_update": "low_rank"}:
+        assert (model.kind.dtype, model.kind.weight_update, model.kind.width) == ("bfloat16", "low_rank", 16)
+
+
 @pytest.mark.parametrize("network", ["function", "styled", *RIVALS])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_runs_on_each_network(tiny_task, batch, network, objective):
@@ -186,6 +211,25 @@ def test_the_tracked_target_is_the_objectives(tiny_task, random_params, batch):
     assert run(groups["generator"]) != run(random_params(task, seed=1)["generator"])
 
 
+def test_the_objective_is_given_every_group_in_its_role(tiny_task, batch, monkeypatch):
+    """The teacher without dropout; its weights, and a target's, are their own."""
+    task, seen = tiny_task({"model.num_classes": 3}), {}
+    monkeypatch.setattr(task, "_net", lambda params, *, training: (params, training))
+
+    def objective(distance, **more):
+        return lambda nets, x0, labels, **keys: seen.update(nets=nets, x0=x0, labels=labels) or (jnp.zeros(4), {})
+
+    monkeypatch.setattr(task, "_objective", objective)
+    groups = {name: f"weights of the {name}" for name in ("generator", "target", "teacher")}
+    task.loss(groups, {}, batch, jax.random.key(0), 0)
+    roles = {"student": ("generator", True), "target": ("target", True), "teacher": ("teacher", False)}
+    assert seen["nets"] == {role: (groups[group], training) for role, (group, training) in roles.items()}
+    np.testing.assert_array_equal(seen["x0"], to_float(batch["image"]))
+    np.testing.assert_array_equal(seen["labels"], batch["label"])
+    task.loss({"generator": "alone"}, {}, batch, jax.random.key(0), 0)
+    assert set(seen["nets"]) == {"student"}
+
+
 def test_a_sample_depends_on_the_seed_and_its_number(sample, params):
     key = jax.random.key(5)
     here, there = sample(params, key, jnp.arange(3)), sample(params, key, jnp.arange(2, 5))
@@ -206,8 +250,20 @@ def test_a_sample_on_its_own_grid_is_the_consistency_function(task, net, sample,
     np.testing.assert_allclose(functions.native.skip, 0.271515, rtol=1e-4)
 
 
+def test_an_edit_is_the_last_answer_to_the_noisy_known(task, net, params):
+    """By the label it is given, at every step; image i by (key, i)."""
+    labels, index, known = jnp.asarray([2, 0]), jnp.asarray([4, 1]), jnp.zeros((2, 8, 8, 1)).at[0, :4].set(0.5)
+    project, common = editing.super_resolution(4), {"key": None, "noise": task.noise, "form": task.form}
+    denoise = lambda x, sigma_B: consistency_function(net, x, sigma_B, labels, **common)  # noqa: E731
+    keys = example_keys(jax.random.key(5), index)
+    x, sigma = editing.edit_input(denoise, known, project, keys, steps=3, noise=task.noise)
+    expected = editing.replaced(denoise(x, sigma), known, project)
+    edited = task.edit(params, jax.random.key(5), index, known, project, steps=3, label_B=labels)
+    np.testing.assert_allclose(render(edited, 8, 8), expected, atol=2e-5)
+
+
 def test_labels_are_all_classes_in_turn_unless_given(sample, params):
-    key, index = jax.random.key(5), jnp.arange(3)
+    key, index = jax.random.key(5), jnp.asarray([3, 4, 8])
     turn, given = sample(params, key, index), sample(params, key, index, label_B=jnp.arange(3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), turn.per_image, given.per_image)
     other = sample(params, key, index, label_B=jnp.full(3, 2))

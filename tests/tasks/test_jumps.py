@@ -1,5 +1,6 @@
 """Stages B and C as consistency functions: their path, what a loss moves, what a student is told and starts from, pictures."""
 
+import dataclasses
 import functools
 import importlib
 import shutil
@@ -12,7 +13,9 @@ import pytest
 from configs import wuerstchen
 from fid_imagegen import tasks
 from fid_imagegen.diffusion import cosine, targets
+from fid_imagegen.diffusion.preconditioning import consistency_function, per_image
 from fid_imagegen.pipelines import WuerstchenPipeline
+from fid_imagegen.tasks.jumps import NOISE
 from fid_imagegen.training import optimizer, runs, warm_start
 
 KEY = jax.random.key(0)
@@ -65,6 +68,8 @@ def test_the_path_is_trigflows():
     t = jnp.linspace(0.02, 0.99, 50)
     angle = jnp.arccos(jnp.sqrt(cosine.alpha_bar(t)))
     np.testing.assert_allclose(cosine.time_of_angle(angle), t, atol=1e-4)
+    ends = jnp.sqrt(1 / cosine.alpha_bar(jnp.asarray([0.0, 1.0])) - 1)
+    np.testing.assert_allclose(ends, (NOISE.sigma_min, NOISE.sigma_max), rtol=1e-3)
     # Minus the velocity is EDM's raw output: f = cos x_t - sin v at both.
     x, v, jump = jnp.ones((1, 2, 2, 1)), 0.7 * jnp.ones((1, 2, 2, 1)), targets.form("jump")
     found = jump.to_x0(v, x, t[20:21])
@@ -123,6 +128,20 @@ def test_the_student_is_told_the_scale_that_guides_the_teacher(stage, batch):
         np.testing.assert_array_equal(cond["nothing"][0], empty)
 
 
+def test_what_is_trained_is_the_jump_that_is_sampled(batch):
+    """f of minus the velocity at its angle is the step of form `jump`."""
+    task, every = tasks.build(config(variant="continuous")), groups()
+    form, jump, model = task.objective.form, targets.form("jump"), task.denoiser.model
+    nets, x, cond = seen(task, every, batch)
+    t = jnp.asarray([0.3, 0.5, 0.7, 0.9])
+    angle = per_image(jnp.arccos(jnp.sqrt(cosine.alpha_bar(t))))
+    to_the_end = dataclasses.replace(NOISE, sigma_min=1e-6)  # where the boundary stands
+    f = functools.partial(consistency_function, nets["student"], key=None, noise=to_the_end, form=form)
+    found = jax.jit(f)(x / jnp.cos(angle), jnp.tan(angle)[:, 0, 0, 0], cond)
+    output = model.apply({"params": every[task.group]}, x, t, *cond["told"], method=model.end_to_end)
+    np.testing.assert_allclose(found, jump.to_x0(jump.predict(output, x, t), x, t), rtol=1e-3, atol=1e-3)
+
+
 def test_the_target_may_be_an_average():
     task = tasks.build(config(**{"objective.mu": 0.9}))
     assert task.tracked["target"][0] == "stage_c_jumps" and tasks.build(config()).tracked == {}
@@ -157,6 +176,9 @@ def test_a_student_starts_as_a_stage_c_of_form_v(random_stages, tmp_path):
     made.latent_scale = "published"
     with pytest.raises(ValueError, match="found a run in ../stage_c of latent_scale .*, expected "):
         warm_start.fill(abstract, init, tmp_path / "stage_c_jumps", tasks.build(made).borrowed)
+    with pytest.raises(ValueError, match="found a run in ../stage_c of model.nhead 2, expected 4"):
+        other = tasks.build(config(**{"model.nhead": 4}))
+        warm_start.fill(abstract, init, tmp_path / "stage_c_jumps", other.borrowed)
     smooth = tasks.build(config(variant="continuous"))
     with pytest.raises(ValueError, match="found a run in ../stage_c of model.level_scale 10000.0, expected 16.0"):
         warm_start.fill(abstract, init, tmp_path / "stage_c_jumps", smooth.borrowed)

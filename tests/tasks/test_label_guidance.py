@@ -53,10 +53,14 @@ def test_guidance_weighs_the_labelled_against_the_null(tiny_task, random_params,
 
 
 def test_every_step_is_guided(task, params):
-    """Two steps: the second one's input depends on the first one's guidance."""
-    draw = lambda guidance: task.sample(params, jax.random.key(1), jnp.arange(3), steps=2, guidance=guidance)  # noqa: E731
-    weak, strong = draw(1.0), draw(3.0)
-    assert np.abs(weak.native.noisy - strong.native.noisy).max() > 1e-3
+    """Two steps: the second one's input follows the first one's guidance, from the null to the labelled and beyond."""
+    sample = jax.jit(functools.partial(task.sample, steps=2))
+    draw = lambda **asked: sample(params, jax.random.key(1), jnp.arange(3), **asked).native.noisy  # noqa: E731
+    none, weak, strong = (draw(guidance=scale) for scale in (0.0, 1.0, 3.0))
+    np.testing.assert_allclose(none, draw(label_B=jnp.full(3, 3)), atol=1e-4)
+    np.testing.assert_allclose(weak, draw(), atol=1e-4)
+    np.testing.assert_allclose(strong, none + 3 * (weak - none), atol=1e-3)
+    assert np.abs(weak - strong).max() > 1e-2
 
 
 def test_guided_functions_are_saved_and_rendered_like_others(task, params, tmp_path):
@@ -76,3 +80,6 @@ def test_guidance_that_cannot_be(tiny_task, random_params):
         task.sample(random_params(task), jax.random.key(0), jnp.arange(2), guidance=2.0)
     with pytest.raises(ValueError, match="found label_dropped 0.1 for a model without classes"):
         tiny_task({"label_dropped": 0.1})
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"found label_dropped {share}, expected a share from 0 to 1"):
+            tiny_task({"model.num_classes": 3, "label_dropped": share})

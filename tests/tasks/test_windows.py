@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from configs import common
+from fid_imagegen.data.transforms import resize_and_crop
 from fid_imagegen.diffusion.noise import example_normal
+from fid_imagegen.models.image_function import pixel_cell, pixel_grid
 from fid_imagegen.models.rendering import render
+from fid_imagegen.models.resampling import resample
+from fid_imagegen.tasks.generator import to_float
 from fid_imagegen.tasks.windows import Windows, draw_windows, on_grid
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -23,6 +27,12 @@ def test_clean_pixels_are_the_grid_and_the_window():
     np.testing.assert_array_equal(found[:, 16:, 0].reshape(3, 6, 6, 2), IMAGES[:, 3:9, 9:15])
 
 
+def test_images_are_shrunk_as_data_are_when_they_are_read():
+    images = np.random.default_rng(0).integers(50, 206, (2, 16, 16, 3), dtype=np.uint8)
+    found, read = on_grid(jnp.asarray(images, jnp.float32), 5), np.stack([resize_and_crop(x, (5, 5)) for x in images])
+    np.testing.assert_allclose(found, read, atol=1.01)  # PIL rounds between its two passes, and after
+
+
 def test_noise_of_the_window_is_that_of_the_grid():
     """On a window of the grid's own pixels it is the same; in between it is interpolated, and its key an image's own."""
     same = Windows(grid=16, size=16, window=6, corner_2=jnp.asarray([3, 9])).noise(KEYS, (0, 1, 2))
@@ -32,16 +42,52 @@ def test_noise_of_the_window_is_that_of_the_grid():
     fine, part = WINDOWS.noise(KEYS, (0, 1, 2)), WINDOWS.noise(KEYS[1:], (0, 1, 2))
     np.testing.assert_allclose(fine[1:], part, atol=1e-6)
     assert 0.3 < float(fine[:, 16:].std()) < 1.3
+    # Where the grid is finer than the image, a pixel of it takes several of the grid's.
+    coarse = Windows(grid=16, size=8, window=8, corner_2=jnp.asarray([0, 0])).noise(KEYS, (0, 1, 2))[:, 256:, 0]
+    expected = resample(z, jnp.asarray(pixel_grid(8, 8)), jnp.asarray(pixel_cell(8, 8)))
+    np.testing.assert_allclose(coarse, expected, atol=1e-5)
 
 
-def test_values_are_those_of_a_render(tiny_task, random_params):
-    task = tiny_task(LARGE)
+@pytest.mark.parametrize("integrated", [False, True])  # True: of use to a function is the footprint of a pixel too
+def test_values_are_those_of_a_render(tiny_task, random_params, integrated):
+    task = tiny_task(LARGE | {"model.integrated": integrated})
     params = random_params(task)
     windows = Windows(grid=8, size=16, window=6, corner_2=jnp.asarray([3, 9]))
     functions = task.sample(params, jax.random.key(1), jnp.arange(2)).replace(native=None)
     found = windows.render(functions, chunk=4096)
     np.testing.assert_allclose(found[:, :64, 0].reshape(2, 8, 8, 1), render(functions, 8, 8), atol=1e-5)
     np.testing.assert_allclose(found[:, 64:, 0].reshape(2, 6, 6, 1), render(functions, 16, 16)[:, 3:9, 9:15], atol=1e-5)
+
+
+def test_the_objective_is_given_the_noise_of_the_window_that_it_is_shown(tiny_task, random_params, monkeypatch):
+    task, seen = tiny_task(LARGE), {}
+
+    def objective(distance, **more):
+        return lambda nets, x0, labels, **keys: seen.update(more, x0=x0) or (jnp.zeros(4), {})
+
+    monkeypatch.setattr(task, "_objective", objective)
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 1), dtype=np.uint8)
+    batch = {"image": jnp.asarray(images), "label": jnp.zeros(4, jnp.int32), "row": jnp.arange(4)}
+    task.loss(random_params(task), {}, batch, jax.random.key(0), jnp.asarray(0))
+    windows = seen["draw"].__self__
+    assert seen["draw"].__func__ is Windows.noise
+    np.testing.assert_allclose(seen["x0"], windows.clean(to_float(batch["image"])))
+
+
+def test_the_net_is_told_the_label_and_drops_out_in_training_alone(tiny_task, random_params):
+    task = tiny_task(LARGE | {"model.num_classes": 3, "model.dropout": 0.5})
+    params, windows = random_params(task)["generator"], Windows(8, 16, 6, jnp.asarray([3, 9]))
+    x, levels = example_normal(KEYS, (64 + 36, 1, 1)), jnp.zeros((3, 1))
+
+    def bound(training):
+        net = jax.jit(windows.net(task.model, params, training=training, chunk=4096))
+        return lambda label, key: net(x, levels, jnp.full(3, label), key=jax.random.key(key))
+
+    still, train = bound(training=False), bound(training=True)
+    np.testing.assert_array_equal(still(0, 0), still(0, 1))
+    np.testing.assert_array_equal(train(0, 0), train(0, 0))
+    for one, other in ((still(0, 0), still(1, 0)), (still(0, 0), train(0, 0)), (train(0, 0), train(0, 1))):
+        assert np.abs(one - other).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -89,12 +135,14 @@ def test_windows_lie_anywhere_inside(tiny_task):
     config = tiny_task(LARGE).config
     corners = np.stack([draw_windows(config, jax.random.key(i)).corner_2 for i in range(200)])
     assert corners.min() == 0 and corners.max() == 10
+    assert np.abs(np.corrcoef(corners.T)[0, 1]) < 0.2  # down and across are drawn apart
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"grid": 0}, "found window 6 without a grid"),
+        ({"grid": -8}, "found grid -8, expected 0 or more pixels a side"),
         ({"window": 17}, "found window 17 for images of 16"),
         ({"distance": "laplacian"}, "found distance 'laplacian' with a grid of its own"),
         ({"variational": True}, "expected config.variational=False"),

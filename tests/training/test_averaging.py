@@ -1,3 +1,4 @@
+import math
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_the_command_weighs_equally(random_stages, other, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 1.5 * b + 0.5, rtol=1e-6, atol=1e-6), made, first)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.6], [1.5, -0.5]])
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.6], [1.5, -0.5], [1.0, 0.0], [0.5, math.nan], [math.nan, 0.5]])
 def test_weights_that_are_no_shares(random_stages, other, tmp_path, weights):
     with pytest.raises(ValueError, match="found weights .* for 2 runs, expected one positive weight a run with sum 1"):
         average([random_stages / "stage_c", other], weights, tmp_path / "mean")

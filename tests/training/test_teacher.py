@@ -37,6 +37,15 @@ def test_a_student_starts_as_its_teacher_and_leaves_it_alone(devices, tiny, teac
     assert functions.native.noisy.shape == (2, 4, 4, 1)
 
 
+@pytest.fixture(scope="module")
+def no_denoiser(tiny, teacher):
+    """Folders of runs whose generator is none: the phase before the teacher, and a consistency model."""
+    _, params = runs.read_params(teacher)
+    for name, config in (("pretrained", tiny("edm", distance="l2", task="reconstruction")), ("jumps", tiny("ect"))):
+        runs.write_params(teacher.parent / name, config, params)
+
+
+@pytest.mark.usefixtures("no_denoiser")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -47,9 +56,17 @@ def test_a_student_starts_as_its_teacher_and_leaves_it_alone(devices, tiny, teac
             "another noise.sigma_max: 80.0 there, 40.0 here; time: 'log' there, 'angle' here",
         ),
         ({"model.norm": "rms"}, "another model.norm: 'layer' there, 'rms' here"),
+        ({"model.width": 32}, "another model.width: 16 there, 32 here"),
+        # Tensors of the same shapes, read otherwise.
+        ({"model.heads": 4}, "another model.heads: 2 there, 4 here"),
+        ({"model.level_scale": 1.0}, "another model.level_scale: 1000.0 there, 1.0 here"),
         (
-            {"model.width": 32},
-            "found weights in ../teacher that do not fit this model: .*patches/project/bias has shape",
+            {"init.teacher": "../pretrained"},
+            "found a run of task 'reconstruction' and objective 'edm' in ../pretrained, expe",
+        ),
+        (
+            {"init.teacher": "../jumps"},
+            "found a run of task 'consistency' and objective 'ect' in ../jumps, expected a teacher",
         ),
     ],
 )

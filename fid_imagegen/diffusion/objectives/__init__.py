@@ -7,6 +7,8 @@ not None), `nets["teacher"]` a frozen denoiser where it needs one (`needs_teache
 levels); `key` is shared by student and target (dropout, jitter).
 """
 
+import dataclasses
+
 from fid_imagegen.diffusion.objectives.cd import ConsistencyDistillation
 from fid_imagegen.diffusion.objectives.ct import ConsistencyTraining
 from fid_imagegen.diffusion.objectives.ect import EasyConsistencyTuning
@@ -27,7 +29,13 @@ OBJECTIVES = {
 
 
 def build(name: str, **fields):
-    """The named objective; ValueError lists the known names."""
+    """The named objective; ValueError lists the known names, or the fields that are another objective's."""
     if name not in OBJECTIVES:
         raise ValueError(f"found objective {name!r}, expected one of {sorted(OBJECTIVES)}")
+    known = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(
+            f"found {', '.join(unknown)} for objective {name!r}, which has none: they are another's; write all of "
+            f"config.objective, as configs.common.objective({name!r}) does"
+        )
     return OBJECTIVES[name](**fields)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fid_imagegen.diffusion.noise import check_levels, karras_sigma
+from fid_imagegen.diffusion.noise import karras_sigma
 from fid_imagegen.diffusion.objectives.objective import Objective
 from fid_imagegen.diffusion.preconditioning import per_image
 from fid_imagegen.diffusion.samplers import heun_step
@@ -25,7 +25,10 @@ class ConsistencyDistillation(Objective):
     needs_teacher = True
 
     def __post_init__(self):
-        check_levels(2, self.levels)
+        if self.levels < 2 or not 0 <= self.mu < 1:
+            raise ValueError(
+                f"found levels={self.levels}, mu={self.mu}, expected levels >= 2 and 0 <= mu < 1; change config.objective"
+            )
 
     @property
     def target_decay(self):
