@@ -23,6 +23,8 @@ OBJECTIVES = {
     "sct": {"warmup": 10_000, "normaliser": 0.1, "log_mean": -1.0, "log_deviation": 1.4, "distilled": False},
 }
 
+# Of the small VGG whose features are the distance "augmentations".
+AUGMENTATION_WIDTHS = (32, 64, 128)
 
 # Attention and MLP kernels [L, in, out] are cut along the layer's inner axis by `tensor`, along the other by `fsdp`.
 RULES = (
@@ -141,8 +143,9 @@ def base() -> ConfigDict:
     config.preconditioning = "x0_blend"  # edm (faithful), x0_blend, mean_flow
     config.time = "log"  # what the network is told of the noise level: log, angle (sct)
     config.objective = objective("ect")
-    config.distance = "pseudo_huber"  # l2, laplacian, pseudo_huber, lpips
+    config.distance = "pseudo_huber"  # l2, laplacian, pseudo_huber, lpips, augmentations
     config.lpips = ConfigDict({"vgg16": "", "heads": ""})
+    config.augmentation_net = ConfigDict({"widths": AUGMENTATION_WIDTHS})  # as model.widths of its run
     # Of the noise, where not the images' own: the function is held to images of data.image_size in windows of so many pixels.
     config.grid, config.window = 0, 0  # 0: the images' size; whole images
     config.label_dropped = 0.0  # share of labels replaced by the null class, for classifier-free guidance
@@ -152,6 +155,7 @@ def base() -> ConfigDict:
     config.optimizers.generator = optimizer("radam", 1e-4)
     config.init.generator = ""
     config.init.teacher = ""  # of cd: a run of objective edm
+    config.init.augmentation_net = ""  # of distance augmentations: a run of configs/augmentation_net.py
 
     # Reconstruction pre-training of patch embedding and predictor, run first into WORKDIR/pretrain; 0 steps: none.
     config.pretrain = ConfigDict({"num_steps": 0, "batch_size": 128, "accumulate": 1, "checkpoint_every": 1000})

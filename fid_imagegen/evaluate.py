@@ -12,8 +12,8 @@ from absl import app, flags
 from fid_imagegen import command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a run", required=True)
-FEATURES = flags.DEFINE_string("features", "pixels", "pixels, or resnet56 (CIFAR-10, with --weights)")
-WEIGHTS = flags.DEFINE_string("weights", None, "weights file of the feature network")
+FEATURES = flags.DEFINE_string("features", "pixels", "pixels; with --weights resnet56 (CIFAR-10) or augmentations")
+WEIGHTS = flags.DEFINE_string("weights", None, "weights file of the feature network; of augmentations its run's folder")
 NUM = flags.DEFINE_integer("num", 0, "images on each side; 0: all that are held out")
 STEPS = flags.DEFINE_integer("steps", None, "sampling steps; default: 1, for a diffusion model 18")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the samples")

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "configs"
 FILES = (path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.py"))
 FOUND = sorted(".".join(file.parts) for file in FILES if file.name not in ("__init__", "common"))
 STAGED = [name for name in FOUND if "wuerstchen" in name]  # three configs in one
-NAMES = [name for name in FOUND if name not in STAGED]  # image functions
+NAMES = [name for name in FOUND if name not in (*STAGED, "augmentation_net")]  # image functions
 # Variants of what another adds.
 BESIDE = {"tuned": "jumps,b_jumps,tuned", "continuous": "jumps,b_jumps,continuous"}
 JSON_TYPES = (bool, int, float, str, type(None))
@@ -112,6 +112,21 @@ def test_every_staged_variant_trains_all_its_stages(name, arg, devices, tmp_path
     config = _module(name).get_config(arg)
     assert phases.run(config, tmp_path)
     assert [load_groups(tmp_path / stage)[0] for stage in config.stages] == [8] * len(config.stages)
+
+
+@pytest.mark.parametrize("arg", ["", "cifar10", "runlocal", "cifar10,runlocal"])
+def test_the_net_of_augmentations_fits_the_generators(arg):
+    config = _module("augmentation_net").get_config(arg)
+    assert config.is_locked and _arguments("augmentation_net") == ["cifar10", "runlocal"]
+    stored, own = ConfigDict(json.loads(config.to_json())), ("model", "optimizers", "init")
+    keys = lambda c: {key for key, _ in _leaves(c) if key.split(".")[0] not in own}  # noqa: E731
+    assert keys(stored) == keys(common.training("augmentation_net"))
+    params, _ = jax.eval_shape(tasks.build(stored).init, jax.random.key(0))
+    theirs = _module("cifar10_cm_func" if "cifar10" in arg else "digits_cm_func").get_config().unlock()
+    theirs.distance = "augmentations"
+    wanted = tasks.build(theirs).frozen()["augmentation_net"]
+    assert jax.tree.map(lambda x: x.shape, params["augmentation_net"]) == jax.tree.map(lambda x: x.shape, wanted)
+    assert stored.data.channels == theirs.data.channels and stored.data.image_size == theirs.data.image_size
 
 
 def test_every_network_and_baseline_has_its_config():

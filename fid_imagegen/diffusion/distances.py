@@ -1,11 +1,12 @@
 """Distances between batches of images, per image: [batch, height, width, channels] x 2 -> [batch]. Images in [-1, 1].
 
-LPIPS is bound to its weights by the task (`models/features/lpips.py`) and has the same signature.
+LPIPS and AYT's distance are bound to their weights by the task (`models/features/`) and have the same signature.
 """
 
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
@@ -42,6 +43,25 @@ def laplacian(a: Images, b: Images) -> Float[Array, "batch"]:
         total += jnp.mean(_absolute(halves - coarse[..., None, None]), axis=(1, 2, 3, 4, 5))
         difference = coarse
     return total + jnp.mean(_absolute(difference), axis=(1, 2, 3))
+
+
+def unit_gradient(distance: Distance) -> Distance:
+    """The distance with its gradient g to `a` brought to norm 1 for each image: AYT's step (Kim et al. 2025, arXiv 2510.00658).
+
+    AYT's loss per image is |a - stop(a - g / |g|)|^2 / 2 under the objective's weight, always 1/2. Here the gradient is the
+    same, g / |g|, and the value the distance's, to be watched. Pseudo-Huber's gradient has norm 1 too, so that a learning
+    rate suits both. `b` gets none. A norm below 1e-5 counts as 1e-5, so that all is finite where a = b.
+    """
+
+    def aligned(a: Images, b: Images) -> Float[Array, "batch"]:
+        value_B, gradient = jax.vjp(lambda a: distance(a, b), jax.lax.stop_gradient(a))
+        (g,) = gradient(jnp.ones_like(value_B))
+        norm = jnp.sqrt(jnp.sum(g**2, axis=(1, 2, 3), keepdims=True))
+        unit = g / jnp.maximum(norm, 1e-5)
+        value_B, unit = jax.lax.stop_gradient((value_B, unit))
+        return value_B + jnp.sum((a - jax.lax.stop_gradient(a)) * unit, axis=(1, 2, 3))
+
+    return aligned
 
 
 def _absolute(x: Array) -> Array:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from einops import rearrange
+from einops import pack, rearrange, reduce
 from jaxtyping import Float, UInt8
 
 from fid_imagegen.interop.resnet56 import load_resnet56
 from fid_imagegen.models.features.resnet56 import ResNet56
+from fid_imagegen.tasks.augmentation import augmentation_net
+from fid_imagegen.tasks.generator import to_float
+from fid_imagegen.training.runs import read_params
 
 Extract = Callable[[UInt8[np.ndarray, "batch height width channels"]], Float[np.ndarray, "batch features"]]
 BATCH = 500
@@ -48,13 +51,51 @@ def resnet56(weights: str | Path) -> Extract:
         check_images(images)
         if images.shape[1:] != (32, 32, 3):
             raise ValueError(f"found images {images.shape[1:]}, expected (32, 32, 3); resize them first and say how")
-        batch = min(BATCH, len(images))
-        padding = np.zeros((-len(images) % batch, 32, 32, 3), np.uint8)  # one shape, one compilation
-        padded = np.concatenate([images, padding])
-        features = [np.asarray(forward(padded[i : i + batch]), np.float64) for i in range(0, len(padded), batch)]
-        return np.concatenate(features)[: len(images)]
+        return _in_batches(forward, images)
 
     return extract
 
 
-FEATURES: dict[str, Callable[..., Extract]] = {"pixels": pixels, "resnet56": resnet56}
+def augmentations(weights: str | Path) -> Extract:
+    """The globally averaged maps of the last two stages of an augmentation net; `weights` is the folder of its run.
+
+    No judge between a generator that the same run's distance has trained and one that it has not.
+    """
+    config, groups = read_params(weights)
+    if "augmentation_net" not in groups:
+        raise ValueError(
+            f"found groups {sorted(groups)} in {weights}, expected augmentation_net; give a run of configs/augmentation_net.py"
+        )
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    net = augmentation_net(config.model.widths, config.data.channels)
+
+    @jax.jit
+    def forward(images):
+        _, maps = net.apply({"params": groups["augmentation_net"]}, to_float(images))
+        return pack([reduce(each, "b h w c -> b c", "mean") for each in maps[-2:]], "b *")[0]
+
+    def extract(images):
+        check_images(images)
+        if images.shape[1:] != shape:
+            raise ValueError(
+                f"found images {images.shape[1:]}, expected {shape}, on which {weights} was trained; give such"
+            )
+        return _in_batches(forward, images)
+
+    return extract
+
+
+def _in_batches(forward, images):
+    """float64 features of all images."""
+    batch = min(BATCH, len(images))
+    padding = np.zeros((-len(images) % batch, *images.shape[1:]), np.uint8)  # one shape, one compilation
+    padded = np.concatenate([images, padding])
+    features = [np.asarray(forward(padded[i : i + batch]), np.float64) for i in range(0, len(padded), batch)]
+    return np.concatenate(features)[: len(images)]
+
+
+FEATURES: dict[str, Callable[..., Extract]] = {
+    "augmentations": augmentations,
+    "pixels": pixels,
+    "resnet56": resnet56,
+}

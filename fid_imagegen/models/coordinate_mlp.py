@@ -75,7 +75,7 @@ class CoordinateMLP:
         for _, fan_out in self.layer_sizes:
             if self.weight_update != "low_rank" and fan_out % min(self.groups, fan_out):
                 raise ValueError(
-                    f"found {self.groups} groups for {fan_out} columns, expected a divisor; change function.groups"
+                    f"found {self.groups} groups for {fan_out} columns, expected a divisor; change config.model.groups"
                 )
 
     @property

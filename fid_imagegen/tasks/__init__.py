@@ -1,5 +1,6 @@
 """What can be trained: a model, an objective and the batch keys they use. `tasks.build(config)` is the only constructor."""
 
+from fid_imagegen.tasks.augmentation import AugmentationTask
 from fid_imagegen.tasks.consistency import ConsistencyTask
 from fid_imagegen.tasks.jumps import StageBJumpsTask, StageCJumpsTask
 from fid_imagegen.tasks.ldm import LDMTask
@@ -10,6 +11,7 @@ from fid_imagegen.tasks.stage_b import StageBTask
 from fid_imagegen.tasks.stage_c import StageCTask
 
 TASKS = {
+    "augmentation_net": AugmentationTask,
     "consistency": ConsistencyTask,
     "ldm": LDMTask,
     "previewer": PreviewerTask,

@@ -8,14 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from fid_imagegen.diffusion import editing, objectives
-from fid_imagegen.diffusion.distances import DISTANCES
+from fid_imagegen.diffusion.distances import DISTANCES, Distance, unit_gradient
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
 from fid_imagegen.diffusion.objectives.objective import STEEPEST_LEVEL
 from fid_imagegen.diffusion.preconditioning import consistency_function, per_image, preconditioning
 from fid_imagegen.diffusion.samplers import SAMPLERS
 from fid_imagegen.interop.lpips import load_lpips
+from fid_imagegen.models.features.augmentation_net import feature_distance
 from fid_imagegen.models.features.lpips import lpips_distance
 from fid_imagegen.models.image_function import Guided, ImageFunctions, NativeTerm
+from fid_imagegen.tasks.augmentation import augmentation_net, init_augmentation_net
+from fid_imagegen.tasks.borrowed import check_shared
 from fid_imagegen.tasks.generator import (
     generator_net,
     image_functions,
@@ -26,14 +29,9 @@ from fid_imagegen.tasks.generator import (
 from fid_imagegen.tasks.networks import build_generator, grid_size
 from fid_imagegen.tasks.windows import check_windows, draw_windows
 
-# What a teacher must share with its student, who asks it about his own noisy images at his own levels, and reads its weights with
-# his own network: heads, level_scale, weight_update, norm and rotary show in no shape.
-TEACHERS = ("data.image_size", "grid", "data.channels", "noise.", "preconditioning", "time", "model.")
-OWN = ("model.dropout", "model.dtype", "model.remat", "model.unroll")  # a student's own
-
 
 class ConsistencyTask:
-    """Group `generator` is trained, `target` tracks it where the objective asks; `teacher` and `lpips` are frozen."""
+    """Group `generator` is trained, `target` tracks it where the objective asks; a teacher and a distance's net are frozen."""
 
     trained = ("generator",)
 
@@ -57,7 +55,7 @@ class ConsistencyTask:
 
     def _check(self, config):
         name = config.objective.name
-        known = (*DISTANCES, "lpips") if self.objective.any_distance else ("l2",)
+        known = (*DISTANCES, "augmentations", "lpips") if self.objective.any_distance else ("l2",)
         if config.distance not in known:
             raise ValueError(
                 f"found distance {config.distance!r} for objective {name!r}, expected one of {sorted(known)}; "
@@ -78,6 +76,19 @@ class ConsistencyTask:
         return objectives.build(noise=self.noise, form=self.form, distance=distance, **fields)
 
     @property
+    def _augmentation_net(self):
+        return augmentation_net(self.config.augmentation_net.widths, self.config.data.channels)
+
+    def _distance(self, groups) -> Distance:
+        """The distance of `config.distance`, bound to its weights."""
+        if self.config.distance == "lpips":
+            return functools.partial(lpips_distance, groups["lpips"])
+        if self.config.distance == "augmentations":
+            net = functools.partial(self._augmentation_net.apply, {"params": groups["augmentation_net"]})
+            return unit_gradient(functools.partial(feature_distance, net))
+        return DISTANCES[self.config.distance]
+
+    @property
     def tracked(self) -> dict[str, tuple[str, object]]:
         """Tracked groups: name -> (trained group it follows, decay(step))."""
         decay = self.objective.target_decay
@@ -92,10 +103,13 @@ class ConsistencyTask:
         """No text."""
 
     def frozen(self) -> dict:
-        """Frozen groups: LPIPS read from its files, an error names one that is missing; the shapes of a teacher."""
+        """Frozen groups: LPIPS read from its files, an error names one that is missing; the shapes of what other runs trained."""
         frozen = {}
         if self.config.distance == "lpips":
             frozen["lpips"] = load_lpips(self.config.lpips.vgg16, self.config.lpips.heads)
+        if self.config.distance == "augmentations":
+            make = functools.partial(init_augmentation_net, self._augmentation_net, self.config.data)
+            frozen["augmentation_net"] = jax.eval_shape(make, jax.random.key(0))
         if self.objective.needs_teacher:
             frozen["teacher"] = jax.eval_shape(lambda: self.init(jax.random.key(0))[0]["generator"])
         return frozen
@@ -103,27 +117,8 @@ class ConsistencyTask:
     @property
     def borrowed(self) -> dict:
         """Groups that are another group of the run they come from: name -> (its name there, check of that run's config)."""
-        return {"teacher": ("generator", self._check_teacher)}
-
-    def _check_teacher(self, theirs, folder: str) -> None:
-        found = theirs.task, theirs.get("objective", {}).get("name")
-        if found != ("consistency", "edm"):
-            raise ValueError(
-                f"found a run of task {found[0]!r} and objective {found[1]!r} in {folder}, expected a teacher, of task "
-                "'consistency' and objective 'edm'; change config.init.teacher"
-            )
-        ours, theirs = (dict(_flat(each)) for each in (self.config, theirs))
-        shared = [key for key in ours if key.startswith(TEACHERS) and key not in OWN]
-        differing = [
-            f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here"
-            for key in shared
-            if _plain(theirs.get(key)) != _plain(ours[key])
-        ]
-        if differing:
-            raise ValueError(
-                f"found a teacher in {folder} with another {'; '.join(differing)}; expected the same; train one with this "
-                "config and objective edm, or change this config"
-            )
+        names = {"teacher": "generator", "augmentation_net": "augmentation_net"}
+        return {group: (name, functools.partial(check_shared, group, self.config)) for group, name in names.items()}
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
         """(trained groups, model state)."""
@@ -140,12 +135,8 @@ class ConsistencyTask:
         nets = {
             name: bind(groups[group], training=name != "teacher") for name, group in names.items() if group in groups
         }
-        if self.config.distance == "lpips":
-            distance = functools.partial(lpips_distance, groups["lpips"])
-        else:
-            distance = DISTANCES[self.config.distance]
         noise_key, net_key = jax.random.split(key)
-        loss_B, metrics = self._objective(distance, **more)(
+        loss_B, metrics = self._objective(self._distance(groups), **more)(
             nets,
             images,
             self._labels(batch, jax.random.fold_in(key, 2)),
@@ -259,13 +250,3 @@ class ConsistencyTask:
                 )
             return None
         return index_B % self.num_classes if label_B is None else jnp.asarray(label_B, jnp.int32)
-
-
-def _plain(value):
-    """A tuple is a list in a work directory."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _flat(config, prefix: str = ""):
-    for key, value in config.items():
-        yield from _flat(value, f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", value)]

@@ -61,7 +61,8 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     phase.num_steps, phase.batch_size = config.pretrain.num_steps, config.pretrain.batch_size
     phase.accumulate, phase.optimizers = config.pretrain.accumulate, config.pretrain.optimizers
     phase.checkpoint.every = phase.log.sample_every = config.pretrain.checkpoint_every
-    phase.pretrain.num_steps, phase.init.generator, phase.init.teacher = 0, "", ""
+    phase.pretrain.num_steps = 0
+    phase.init.update(dict.fromkeys(phase.init, ""))  # what the second phase starts from
     return phase.lock()
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fid_imagegen.diffusion.distances import DISTANCES, l2, pseudo_huber
+from fid_imagegen.diffusion.distances import DISTANCES, l2, laplacian, pseudo_huber, unit_gradient
 
 
 def pair(size, channels=3, scale=1.0):
@@ -36,6 +36,19 @@ def test_equal_images_have_no_distance_and_a_finite_gradient(name):
     a, _ = pair(4)
     assert np.abs(DISTANCES[name](a, a)).max() < 1e-8
     assert not jax.grad(lambda x: DISTANCES[name](x, a).sum())(a).any()
+
+
+def test_a_unit_gradient_is_ayts_step():
+    a, b = pair(4)
+    aligned, weight = unit_gradient(laplacian), jnp.asarray([2.0, 7.0])
+    np.testing.assert_array_equal(aligned(a, b), laplacian(a, b))
+    ours, theirs = jax.grad(lambda a, b: (weight * aligned(a, b)).sum(), argnums=(0, 1))(a, b)
+    raw = jax.grad(lambda a: laplacian(a, b).sum())(a)
+    target = a - raw / jnp.linalg.norm(raw.reshape(2, -1), axis=1)[:, None, None, None]
+    step = jax.grad(lambda a: (weight * ((a - target) ** 2).sum(axis=(1, 2, 3)) / 2).sum())(a)
+    np.testing.assert_allclose(ours, step, atol=1e-5)
+    assert not theirs.any()
+    np.testing.assert_array_equal(jax.grad(lambda x: aligned(x, a).sum())(a), 0)
 
 
 def test_laplacian_weighs_every_band_alike():

@@ -205,7 +205,16 @@ def test_fields_of_another_objective_are_named():
         build("ict", q=2.0, stages=8, k=8.0, b=1.0, log_mean=-1.1)
 
 
-@pytest.mark.parametrize("fields", [{"levels": 1}, {"mu": 1.0}, {"mu": -0.1}])
-def test_distillation_that_cannot_be(fields):
-    with pytest.raises(ValueError, match="found levels=.*, mu=.*, expected levels >= 2 and 0 <= mu < 1"):
-        build("cd", **fields)
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("cd", {"levels": 1}, "found levels=1, mu=0.0, expected levels >= 2"),
+        ("cd", {"mu": 1.0}, "mu=1.0, expected levels >= 2 and 0 <= mu < 1"),
+        ("ect", {"stages": 0}, "found stages=0, q=2.0, expected stages >= 1 and q > 1"),
+        ("ect", {"q": 1.0}, "q=1.0, expected stages >= 1 and q > 1"),
+        ("meanflow", {"instant": 1.5}, "found instant=1.5, expected a share from 0 to 1"),
+    ],
+)
+def test_objectives_that_cannot_be(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, form="mean_flow" if name == "meanflow" else "edm", **fields)

@@ -3,10 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import augmentation_net
+from fid_imagegen import tasks
 from fid_imagegen.evaluation import features
 from fid_imagegen.evaluation.distances import frechet_distance, gaussian_statistics
 from fid_imagegen.evaluation.features import FEATURES
 from fid_imagegen.models.features.resnet56 import ResNet56
+from fid_imagegen.training import runs
 
 
 def test_pixels_span_minus_one_to_one():
@@ -56,6 +59,37 @@ def test_images_of_another_size_or_dtype_are_refused(resnet56):
         extract(np.zeros((2, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="expected uint8"):
         extract(np.zeros((2, 32, 32, 3), np.float32))
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    """(task, parameters, folder) of an untrained net of augmentations."""
+    folder, config = tmp_path_factory.mktemp("net"), augmentation_net.get_config("runlocal").unlock()
+    config.model.widths = (4, 6, 10)
+    task = tasks.build(config.lock())
+    groups = jax.jit(task.init)(jax.random.key(0))[0]
+    runs.write_params(folder, config, groups)
+    return task, groups, folder
+
+
+def test_augmentation_features_are_the_means_of_the_last_two_maps(net, monkeypatch):
+    monkeypatch.setattr(features, "BATCH", 4)
+    task, groups, folder = net
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    found = FEATURES["augmentations"](folder)(images)
+    _, maps = task.model.apply({"params": groups["augmentation_net"]}, images / np.float32(127.5) - 1)
+    expected = np.concatenate([np.mean(each, axis=(1, 2)) for each in maps[1:]], axis=1)
+    assert found.dtype == np.float64 and found.shape == (6, 16)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_augmentation_features_are_of_the_runs_images(net, exported):
+    extract = FEATURES["augmentations"](net[2])
+    for wrong in ((2, 8, 8, 3), (2, 16, 16, 1)):
+        with pytest.raises(ValueError, match=r"found images .*, expected \(8, 8, 1\), on which .* was trained; "):
+            extract(np.zeros(wrong, np.uint8))
+    with pytest.raises(ValueError, match="found groups .'generator'. in .*, expected augmentation_net; give a run"):
+        FEATURES["augmentations"](exported)
 
 
 def test_missing_weights_are_named():

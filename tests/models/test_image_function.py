@@ -143,6 +143,21 @@ def test_zero_columns_are_the_base_function(make_functions, activation, weight_u
         np.testing.assert_array_equal(kind.matrix(functions.shared, zeros, layer), functions.shared[f"kernel_{layer}"])
 
 
+@pytest.mark.parametrize("activation", ["relu", "sine"])
+def test_the_base_is_drawn_as_its_sources_draw_it(activation):
+    """Kaiming-uniform (a = sqrt 5), or SIREN's, whose first layer's phases span omega; low ranks keep the variance."""
+    kind = dataclasses.replace(SMALL, width=64, groups=16, activation=activation, weight_update="low_rank")
+    shared = jax.tree.map(np.asarray, kind.init_shared(jax.random.key(0)))
+    for layer, (fan_in, _) in enumerate(kind.layer_sizes):
+        bound = fan_in**-0.5 if activation == "relu" else math.sqrt(6 / fan_in) / 30 if layer else 1 / fan_in
+        kernel, bias, factor = (shared[f"{name}_{layer}"] for name in ("kernel", "bias", "factor"))
+        assert np.abs(kernel).max() == pytest.approx(bound, rel=0.05) and np.abs(bias).max() <= bound
+        assert bias.any() == (activation == "relu") and not np.isin(bias[bias != 0], kernel).any()
+        if layer == 1:  # of 16 ranks, drawn apart from the kernel
+            assert factor.std() == pytest.approx(1 / 4, rel=0.1)
+            assert abs(np.corrcoef(factor.ravel(), kernel[:16].ravel())[0, 1]) < 0.1
+
+
 def test_a_batch_is_the_loop_over_its_images(make_functions):
     functions = make_functions(SMALL, 3, (4, 5))
     coords, cell = jnp.asarray(pixel_grid(4, 5)), jnp.asarray(pixel_cell(4, 5))

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -59,6 +60,14 @@ def test_values_are_the_definitions(functions, size):
     found = evaluate(functions, coords, cell)[0].reshape(*size, 3)
     for row, column in ((0, 0), (size[0] - 1, 2), (2, size[1] - 1), (3, 4)):
         np.testing.assert_allclose(found[row, column], by_hand(functions, row, column, *size), rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_is_kaiming_uniform():
+    shared = dataclasses.replace(KIND, width=64).init_shared(jax.random.key(0))
+    for layer, fan_in in enumerate((5 + 8, 64, 64)):
+        kernel, bias = np.asarray(shared[f"kernel_{layer}"]), np.asarray(shared[f"bias_{layer}"])
+        assert np.abs(kernel).max() == pytest.approx(fan_in**-0.5, rel=0.05) and kernel.shape[0] == fan_in
+        assert 0.3 < np.abs(bias).max() * fan_in**0.5 <= 1 and not np.isin(bias, kernel).any()
 
 
 def test_waves_are_averages_over_the_footprint():

@@ -54,6 +54,12 @@ def test_the_training_grid_read_patch_by_patch_is_the_same(functions):
     np.testing.assert_allclose(render_native(functions, key=None, chunk=4096), render(functions, *GRID), atol=2e-5)
 
 
+def test_the_base_is_zero_behind_waves_of_unit_weight():
+    shared = PatchMLP(channels=3, rows=2, columns=3, width=64, bands=8).init_shared(jax.random.key(0))
+    assert float(shared["first"].std()) == pytest.approx(1 / 8, rel=0.05)
+    assert not shared["second"].any() and not shared["bias"].any()
+
+
 def test_the_generator_makes_functions_of_patches():
     kind = function_kind("patch32", channels=1, image_size=8, patch=4, cutoff="nyquist", width=6)
     assert (kind.rows, kind.bands, kind.width) == (2, 8, 6)

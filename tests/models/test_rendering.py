@@ -171,6 +171,7 @@ def test_a_new_size_compiles_nothing(colour, caplog):
 def test_sizes_that_cannot_be(grey, size):
     with pytest.raises(ValueError, match=f"found a render size of {size[0]}x{size[1]}, expected .*; ask for"):
         render(grey, *size)
+    rendering.check_size(2**14, 2**14)  # the largest
 
 
 @pytest.mark.parametrize(

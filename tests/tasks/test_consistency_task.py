@@ -278,9 +278,14 @@ def test_labels_for_a_generator_without_classes(tiny_task, random_params):
         task.sample(random_params(task), jax.random.key(0), jnp.arange(2), label_B=jnp.zeros(2))
 
 
-def test_previews_are_samples_on_the_native_grid(task, params):
+def test_previews_are_samples_on_the_native_grid(task, params, monkeypatch):
     shape = jax.eval_shape(task.preview, params, {"image": jnp.zeros((5, 8, 8, 1), jnp.uint8)})["samples"].shape
     assert shape == (5, 8, 8, 1)
+    asked = []
+    monkeypatch.setattr(task, "sample", lambda groups, key, index_B: asked.append(index_B) or FAIL)
+    with pytest.raises(AttributeError):  # the stand-in is no function
+        task.preview(params, {"image": jnp.zeros((5, 8, 8, 1), jnp.uint8)})
+    np.testing.assert_array_equal(asked[0], np.arange(5))
 
 
 def test_the_input_is_scaled_before_the_network(task, params, monkeypatch):

@@ -120,6 +120,13 @@ def test_what_lies_between_the_grids_pixels_is_learned(tiny_task, random_params,
     assert flat < 4 and np.isfinite(first) and abs(first - second) > 1e-5 * abs(first)
 
 
+def test_functions_are_made_for_the_grid(tiny_task):
+    unset = {f"model.{name}": None for name in ("function_width", "function_depth", "bands", "groups")}
+    local = tiny_task(LARGE | unset | {"model.function": "local64"}).model.kind
+    assert tiny_task(LARGE).model.kind.cutoff == 4 and (local.rows, local.columns) == (2, 2)
+    assert tiny_task(LARGE | {"model.network": "uvit", "model.heads": 2, "model.depth": 2}).model.image_size == (8, 8)
+
+
 def test_samples_have_the_grids_noise_and_any_size(tiny_task, random_params):
     task = tiny_task(LARGE)
     functions = task.sample(random_params(task), jax.random.key(0), jnp.arange(2), steps=2)

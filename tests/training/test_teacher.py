@@ -56,6 +56,9 @@ def no_denoiser(tiny, teacher):
             "another noise.sigma_max: 80.0 there, 40.0 here; time: 'log' there, 'angle' here",
         ),
         ({"model.norm": "rms"}, "another model.norm: 'layer' there, 'rms' here"),
+        ({"data.channels": 3, "model.groups": 1}, "another data.channels: 1 there, 3 here"),
+        ({"preconditioning": "edm"}, "another preconditioning: 'x0_blend' there, 'edm' here"),
+        ({"grid": 4, "variational": False}, "another grid: 0 there, 4 here"),
         ({"model.width": 32}, "another model.width: 16 there, 32 here"),
         # Tensors of the same shapes, read otherwise.
         ({"model.heads": 4}, "another model.heads: 2 there, 4 here"),

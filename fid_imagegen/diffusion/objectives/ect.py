@@ -26,6 +26,12 @@ class EasyConsistencyTuning(Objective):
     log_mean: float = -1.1
     log_deviation: float = 2.0
 
+    def __post_init__(self):
+        if self.stages < 1 or self.q <= 1:
+            raise ValueError(
+                f"found stages={self.stages}, q={self.q}, expected stages >= 1 and q > 1; change config.objective"
+            )
+
     def stage(self, step) -> Float[Array, ""]:
         """The stage of a step: 0 .. stages - 1."""
         return jnp.minimum(step * self.stages // self.num_steps, self.stages - 1).astype(jnp.float32)

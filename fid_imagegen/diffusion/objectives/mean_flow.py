@@ -42,6 +42,8 @@ class MeanFlow(Objective):
                 "found objective 'meanflow' with a network of another form, expected 'mean_flow', whose network is told both "
                 "ends of a jump; set config.preconditioning='mean_flow'"
             )
+        if not 0 <= self.instant <= 1:
+            raise ValueError(f"found instant={self.instant}, expected a share from 0 to 1; change config.objective")
 
     def times(self, keys: Key[Array, "batch"]) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
         """(t, r) of every image, r <= t."""
