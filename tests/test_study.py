@@ -1,6 +1,7 @@
 """How a study's work units become arms, and when two arms differ."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,37 @@ def test_a_gap_below_the_seeds_spread_is_undecided(tmp_path):
     assert not decided(alone, one) and not decided(one, alone)
     plot(arms(UNITS), "frechet", tmp_path / "study.png")
     assert (tmp_path / "study.png").stat().st_size > 1000
+
+
+def test_a_unit_is_scored_against_what_was_held_out(monkeypatch):
+    pipe, asked = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(source="digits"))), []
+
+    def report(pipe, extract, **settings):
+        asked.append(settings)
+        return {"samples": 0.5, "training": 0.1}
+
+    monkeypatch.setattr(study, "ImageFunctionPipeline", SimpleNamespace(from_pretrained=lambda folder: pipe))
+    monkeypatch.setattr(study.sources, "make_source", lambda data, held_out=False: range(7 if held_out else 20))
+    monkeypatch.setattr(study, "frechet_report", report)
+    monkeypatch.setattr(study, "native_samples", lambda pipe, num, *, steps: (num, steps))
+    monkeypatch.setattr(study, "DigitJudge", lambda data: SimpleNamespace(judge=lambda images: {"confident": images}))
+    assert study.score("folder", None, steps=2) == {"frechet": 0.5, "judged": (1000, 2)}
+    assert asked == [{"num": 7, "steps": 2}]
+
+
+def test_the_report_sets_every_arm_against_the_best(tmp_path, monkeypatch):
+    units = UNITS + [unit(seed, value, variant="patches") for seed, value in enumerate((9.0, 9.1, 9.2))]
+    for number, each in enumerate(units):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "manifest.json").write_text(json.dumps({"overrides": each["overrides"]}))
+    monkeypatch.setattr(
+        study, "score", lambda folder, extract, *, steps: {"frechet": units[int(folder.name)]["frechet"]}
+    )
+    monkeypatch.setattr("sys.argv", ["study", f"--experiment={tmp_path}"])
+    study.main()
+    found = json.loads((tmp_path / "study.json").read_text())["arms"]
+    verdicts = {json.loads(name)["variant"]: arm["against_best"] for name, arm in found.items()}
+    assert verdicts == {"dit": "undecided", "uvit": "undecided", "patches": "decided"}
 
 
 def test_an_experiment_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):

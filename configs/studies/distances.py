@@ -1,11 +1,12 @@
 """Does a distance of learned features help consistency training, above all of small batches? AYT's claim (arXiv 2510.00658).
 
     python -m fid_imagegen.train --config configs/augmentation_net.py --workdir runs/augmentation_net
+    python -m fid_imagegen.train --config configs/studies/distances.py:diffusion --workdir runs/diffusion
     python -m launch.run --config configs/studies/distances.py --sweep distance,batch,seed
     python -m benchmarks.study --experiment runs/distances
 
-`ect` as in the other studies; equal steps, so that at batch 16 an eighth of the images is seen. To be judged in pixels: features
-of augmentations would favour the arm that they trained.
+`ect` from a diffusion model, as in AYT: features say little of what lies far off the images. Equal steps, so that at batch 16 an
+eighth of the images is seen. To be judged in pixels: features of augmentations would favour the arm that they trained.
 """
 
 from configs import common
@@ -14,7 +15,15 @@ from configs.studies import common as studies
 
 def get_config(arg: str = ""):
     """Pseudo-Huber, unless a variant is named."""
-    return common.finish(studies.digits(), arg, VARIANTS)
+    config = studies.digits()
+    config.init.generator = "runs/diffusion"
+    return common.finish(config, arg, VARIANTS | {"diffusion": diffusion})
+
+
+def diffusion(config) -> None:
+    """What all arms start from."""
+    config.objective, config.distance = common.objective("edm", log_mean=0.3, log_deviation=1.5), "l2"
+    config.init.generator = ""
 
 
 def laplacian(config) -> None:

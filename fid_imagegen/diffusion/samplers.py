@@ -52,18 +52,24 @@ def consistency_input(
     return x, jnp.full((batch,), sigmas[-1], jnp.float32)
 
 
-def heun_step(denoise: Denoise, x: Images, sigma_B: Float[Array, "batch"], lower_B: Float[Array, "batch"]) -> Images:
-    """From one level of the probability-flow path dx/dsigma = (x - D(x, sigma)) / sigma to a lower one, above 0."""
+def heun_step(
+    denoise: Denoise, x: Images, sigma_B: Float[Array, "batch"], lower_B: Float[Array, "batch"], *, smallest: float
+) -> Images:
+    """From one level of the probability-flow path dx/dsigma = (x - D(x, sigma)) / sigma to a lower one, above 0.
+
+    At `smallest` a net answers its input, by the boundary condition, and knows no slope: a step that ends there is Euler's.
+    """
     slope = (x - denoise(x, sigma_B)) / per_image(sigma_B)
     euler = x + per_image(lower_B - sigma_B) * slope
     end = (euler - denoise(euler, lower_B)) / per_image(lower_B)
+    end = jnp.where(per_image(lower_B) > 1.001 * smallest, end, slope)  # levels of a grid are not exact
     return x + per_image(lower_B - sigma_B) * (slope + end) / 2
 
 
 def heun_input(
     denoise: Denoise, keys: Key[Array, "batch"], shape: tuple[int, int, int], *, steps: int, noise: NoiseRange
 ) -> tuple[Images, Float[Array, "batch"]]:
-    """As `consistency_input`, down EDM's path: steps - 1 of Heun to sigma_min, two evaluations each; the last is Euler's, to 0.
+    """As `consistency_input`, down EDM's path: steps - 1 of Heun to sigma_min, two evaluations each; the last is the caller's.
 
     With one step the last evaluation is the first, of pure noise: a denoiser's answer to that is the mean of the data.
     """
@@ -75,7 +81,7 @@ def heun_input(
         return x, jnp.full((batch,), noise.sigma_max, jnp.float32)
     sigmas = karras_sigma(jnp.arange(steps, dtype=jnp.float32), jnp.int32(steps), noise)
     level = lambda sigma: jnp.full((batch,), sigma)  # noqa: E731
-    down = lambda x, pair: (heun_step(denoise, x, level(pair[0]), level(pair[1])), None)  # noqa: E731
+    down = lambda x, pair: (heun_step(denoise, x, *map(level, pair), smallest=noise.sigma_min), None)  # noqa: E731
     x, _ = jax.lax.scan(down, x, (sigmas[:-1], sigmas[1:]))
     return x, level(sigmas[-1])
 

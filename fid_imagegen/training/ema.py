@@ -66,11 +66,15 @@ def exponent(width: float) -> float:
 def combination(
     snapshots: Sequence[tuple[float, float]], wanted: tuple[float, float]
 ) -> Float[np.ndarray, "snapshots"]:
-    """Weights of snapshots, (step, width) each, whose sum has the profile closest to that of the `wanted` (step, width)."""
+    """Weights of snapshots, (step, width) each, whose sum has the profile closest to that of the `wanted` (step, width).
+
+    They sum to 1, as in the released code of EDM2: least squares alone would shrink what never moved.
+    """
     profiles = [(step, exponent(width)) for step, width in snapshots]
     gram = np.array([[_product(one, other) for other in profiles] for one in profiles])
     target = np.array([_product(one, (wanted[0], exponent(wanted[1]))) for one in profiles])
-    return np.linalg.lstsq(gram, target, rcond=None)[0]
+    weights = np.linalg.lstsq(gram, target, rcond=None)[0]
+    return weights / weights.sum()
 
 
 def _product(one: tuple[float, float], other: tuple[float, float]) -> float:

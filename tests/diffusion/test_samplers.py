@@ -62,5 +62,9 @@ def test_heun_goes_from_pure_noise_to_the_smallest_level():
     x, sigma = heun_input(denoise, KEYS, SHAPE, steps=40, noise=NOISE)
     np.testing.assert_allclose(sigma, np.full(40, 0.5), rtol=1e-5)
     np.testing.assert_allclose(x, start * ((s**2 + 0.5**2) / (s**2 + 80**2)) ** 0.5, rtol=1e-2)
+    # By the boundary condition a net answers its input at the smallest level: of one image nothing is left but that.
+    boundary = lambda x, sigma: jnp.where(sigma[:, None, None, None] > 0.51, 0.3, x)  # noqa: E731
+    x, _ = heun_input(boundary, KEYS, SHAPE, steps=4, noise=NOISE)
+    np.testing.assert_allclose(x, 0.3 + 0.5 * (start - 0.3) / 80, atol=1e-4)
     with pytest.raises(ValueError, match="found 0 sampling steps, expected at least 1"):
         heun_input(denoise, KEYS, SHAPE, steps=0, noise=NOISE)

@@ -143,6 +143,18 @@ def test_zero_columns_are_the_base_function(make_functions, activation, weight_u
         np.testing.assert_array_equal(kind.matrix(functions.shared, zeros, layer), functions.shared[f"kernel_{layer}"])
 
 
+def test_integrated_functions_read_waves_damped_by_the_footprint(make_functions):
+    """A wave that counts for less is a row of the first matrix that counts for less."""
+    kind = dataclasses.replace(SMALL, weight_update="scale")
+    functions, cell = make_functions(kind, 2, (4, 4)), np.float32([0.3, 0.1])
+    damping = np.tile(np.sinc(cell[:, None] / 2 * kind.frequencies).ravel(), 2)[:, None]
+    damped = functions.shared | {"kernel_0": functions.shared["kernel_0"] * damping.astype(np.float32)}
+    coords = jnp.asarray(pixel_grid(3, 5))
+    found = evaluate(functions.replace(kind=dataclasses.replace(kind, integrated=True)), coords, jnp.asarray(cell))
+    np.testing.assert_allclose(found, evaluate(functions.replace(shared=damped), coords, jnp.asarray(cell)), atol=1e-5)
+    assert np.abs(found - evaluate(functions, coords, jnp.asarray(cell))).max() > 1e-2
+
+
 @pytest.mark.parametrize("activation", ["relu", "sine"])
 def test_the_base_is_drawn_as_its_sources_draw_it(activation):
     """Kaiming-uniform (a = sqrt 5), or SIREN's, whose first layer's phases span omega; low ranks keep the variance."""

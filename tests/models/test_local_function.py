@@ -79,6 +79,11 @@ def test_waves_are_averages_over_the_footprint():
     frequencies = np.array([0.5, 1.0, 3.0])
     found = fourier_features(line(coarse), frequencies, jnp.asarray([0.5, 0.5]))
     np.testing.assert_allclose(found, mean(fourier_features(line(fine), frequencies)), atol=1e-4)
+    tall = fourier_features(line(coarse), frequencies, jnp.asarray([0.5, 0.0])).reshape(
+        4, 2, 2, 3
+    )  # wave, axis, frequency
+    plain = fourier_features(line(coarse), frequencies).reshape(4, 2, 2, 3)
+    np.testing.assert_allclose(tall, plain * np.stack([np.sinc(frequencies / 4), np.ones(3)]), atol=1e-6)
     place = lambda axis: line((axis + 1) / 2 * 2 - 0.5)  # noqa: E731
     nothing = jnp.zeros(2)
     found = KIND._encoded(place(coarse), jnp.asarray([0.5, 0.5]))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fid_imagegen.interop.safetensors_io import load_tree
 from fid_imagegen.parallel import mesh as meshes
 from fid_imagegen.training import ema
 from fid_imagegen.training.averaging import _gathered, average_of_width
@@ -56,6 +57,8 @@ def test_any_width_at_any_step_is_a_combination():
     for step, width in ((STEPS, 0.08), (STEPS, 0.15), (STEPS, 0.2), (280, 0.1), (280, 0.07)):
         made = ema.combination(snapshots, (step, width)) @ kept
         assert made == pytest.approx(run(width)[step - 1], abs=0.01), (step, width)
+        # What never moved is its own average.
+        assert ema.combination(snapshots, (step, width)).sum() == pytest.approx(1, abs=1e-9)
     # One that was kept is itself.
     own = ema.combination(snapshots, (STEPS, 0.1))
     assert own[-1] == pytest.approx(1, abs=1e-6) and np.abs(own[:-1]).max() < 1e-6
@@ -72,9 +75,18 @@ def test_snapshots_of_a_run_make_a_folder_of_any_width(toy, tmp_path):
     np.testing.assert_allclose(
         made["generator"]["kernel"], groups["ema"]["width0.1"]["generator"]["kernel"], rtol=1e-4, atol=1e-6
     )
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
     average_of_width(tmp_path / "run", 0.2, tmp_path / "wide")
-    wide = read_params(tmp_path / "wide")[1]["generator"]["kernel"]
-    assert np.abs(wide - made["generator"]["kernel"]).max() > 1e-6
+    wide = read_params(tmp_path / "wide")[1]
+    weights = iter(ema.combination([(int(stem), width) for stem in files for width in (0.05, 0.1)], (24, 0.2)))
+    trees = [load_tree(tmp_path / "run" / "snapshots" / f"{stem}.safetensors")[0] for stem in files]
+    expected = sum(
+        next(weights) * tree[f"width{width}"]["generator"]["kernel"] for tree in trees for width in (0.05, 0.1)
+    )
+    np.testing.assert_allclose(wide["generator"]["kernel"], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected - made["generator"]["kernel"]).max() > 1e-4
+    # Statistics are the last's, and what lies beside the weights comes along.
+    assert wide["seen"] == groups["model_state"]["seen"] and (tmp_path / "wide" / "tokenizer.json").exists()
 
 
 def test_widths_and_folders_that_cannot_be(toy, tmp_path):

@@ -43,6 +43,7 @@ class ConsistencyDistillation(Objective):
         sigma, lower = (karras_sigma(i, self.levels, self.noise) for i in (index, index + 1))
         noisy = x0 + per_image(sigma) * self.draw(keys[:, 1], x0.shape[1:])
         teacher = lambda x, sigma_B: self.f(nets["teacher"], x, sigma_B, cond, key=None)  # noqa: E731
-        behind = jax.lax.stop_gradient(heun_step(teacher, noisy, sigma, lower)), lower
+        reached = heun_step(teacher, noisy, sigma, lower, smallest=self.noise.sigma_min)
+        behind = jax.lax.stop_gradient(reached), lower
         target = nets.get("target", nets["student"])
         return self.compared(nets["student"], target, (noisy, sigma), behind, cond, key=key), {}
