@@ -65,7 +65,8 @@ def check_names(init: dict[str, str], groups: dict[str, Any]) -> None:
 def inside(folder: str, workdir: epath.Path) -> epath.Path:
     """The folder as a path; "./" and "../" are resolved here because object stores know no parents."""
     if folder.startswith("../"):
-        return workdir.parent / folder.removeprefix("../")
+        whole = workdir if "://" in str(workdir) else workdir.resolve()  # "." has no parent
+        return whole.parent / folder.removeprefix("../")
     return workdir / folder.removeprefix("./") if folder.startswith("./") else epath.Path(folder)
 
 

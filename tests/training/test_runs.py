@@ -109,6 +109,11 @@ def test_folders_beside_a_work_directory_move_with_it(root):
     assert str(warm_start.inside("elsewhere/run", workdir)) == "elsewhere/run"
 
 
+def test_the_folder_beside_the_current_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert warm_start.inside("../stage_a", epath.Path(".")) == tmp_path.parent / "stage_a"
+
+
 def test_a_frozen_group_without_weights_is_named(toy, tmp_path):
     toy.frozen = {"teacher": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}}
     with pytest.raises(ValueError, match=r"found no weights for the frozen group 'teacher'.*set config\.init\.teacher"):
