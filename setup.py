@@ -51,7 +51,7 @@ setup(
             "diffusers>=0.38",
             "transformers>=4.45",
         ],  # oracles of tests, never imported at run time
-        "dev": [*DEMO, "beartype>=0.19", "pytest>=8.3", "ruff>=0.9"],
+        "dev": [*DEMO, "beartype>=0.19", "pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

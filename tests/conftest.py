@@ -11,8 +11,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = tempfile.mkdtemp(prefix="fid_imagegen-compiled-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 def _known(flags: tuple[str, ...]) -> list[str]:
@@ -24,14 +22,24 @@ def _known(flags: tuple[str, ...]) -> list[str]:
         return [flag for flag in flags if code.find(flag[2:].partition("=")[0].encode()) >= 0]
 
 
-# Before jax is imported, here and in the processes that tests start. Most of a tiny model's compile time is LLVM's optimiser and
-# the code that the newer of XLA's two emitters gives it: without them 2 seconds of 10 are left, for the same arithmetic.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-QUICK = _known(("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"))
-DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = " ".join([DEVICES, *QUICK, os.environ.get("XLA_FLAGS", "")])
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+def _set_environment() -> None:
+    """Before jax is imported, here, in pytest-xdist's workers and in the processes that tests start.
+
+    Most of a tiny model's compile time is LLVM's optimiser and the code that the newer of XLA's two emitters gives it: without
+    them 2 seconds of 10 are left, for the same arithmetic.
+    """
+    cache = tempfile.mkdtemp(prefix="fid_imagegen-compiled-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    quick = _known(("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"))
+    devices = "--xla_force_host_platform_device_count=8"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["XLA_FLAGS"] = " ".join([devices, *quick, os.environ.get("XLA_FLAGS", "")])
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what pytest's own process has set
+    _set_environment()
 sys.path.insert(0, str(ROOT))  # configs/ and launch/ run from a checkout
 
 import pytest  # noqa: E402
