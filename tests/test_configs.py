@@ -223,24 +223,32 @@ def test_no_two_points_of_a_sweep_are_one_run(name):
 def _mflop(config):
     """Of one image and training step, by XLA's count."""
     task, count = tasks.build(config), 16
-    params, batch = jax.eval_shape(lambda: (task.init(jax.random.key(0))[0], _batch(count)))
+    params, batch = jax.eval_shape(lambda: (task.init(jax.random.key(0))[0], _batch(count, config.data)))
     loss = lambda params, batch: task.loss(params, {}, batch, jax.random.key(0), jnp.int32(3))[0]  # noqa: E731
     return jax.jit(jax.grad(loss)).lower(params, batch).cost_analysis()["flops"] / count / 1e6
 
 
-def _batch(count):
-    images = jnp.zeros((count, 8, 8, 1), jnp.uint8)
+def _batch(count, data):
+    images = jnp.zeros((count, data.image_size, data.image_size, data.channels), jnp.uint8)
     return {"image": images, "label": jnp.zeros(count, jnp.int32), "row": jnp.arange(count)}
 
 
 @functools.cache
-def _global_mflop():
-    return _mflop(_module("studies.generators").get_config(""))
+def _global_mflop(images="digits"):
+    return _mflop(_module("studies.generators").get_config(images))
 
 
 @pytest.mark.parametrize("arm", ["local", "patches", "dit", "uvit"])
-def test_the_rivals_of_a_study_cost_the_same(arm):
-    assert _mflop(_module("studies.generators").get_config(arm)) == pytest.approx(_global_mflop(), rel=0.06)
+@pytest.mark.parametrize(("images", "margin"), [("digits", 0.06), ("faces", 0.1)])
+def test_the_rivals_of_a_study_cost_the_same(arm, images, margin):
+    config = _module("studies.generators").get_config(f"{images},{arm}")
+    assert _mflop(config) == pytest.approx(_global_mflop(images), rel=margin)
+
+
+def test_what_a_study_changes_is_relative_to_its_images():
+    digits, faces = (_module("studies.functions").get_config(f"{name}half_nyquist") for name in ("", "faces,"))
+    assert (digits.model.cutoff, faces.model.cutoff) == ("2", "4")
+    assert _module("studies.functions").get_config("faces").model.cutoff == "nyquist"
 
 
 def test_longer_training_costs_what_pretraining_does():
@@ -252,7 +260,7 @@ def test_longer_training_costs_what_pretraining_does():
 
 def test_every_batch_size_sees_the_same_images():
     for point in _module("studies.batches").get_sweep()["batch"]:
-        assert point["batch_size"] * point["num_steps"] == pytest.approx(192_000, rel=0.01)
+        assert point["batch_size"] * point["num_steps"] == pytest.approx(96_000, rel=0.02)
         assert point["batch_size"] // point["accumulate"] <= 512
 
 

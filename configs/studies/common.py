@@ -1,4 +1,6 @@
-"""What the studies on digits share: the images, their order, the budget, and no pre-training unless a study says so."""
+"""What the studies share: the images, their order, the budget, and no pre-training unless a study says so."""
+
+from ml_collections import ConfigDict
 
 from configs import common
 
@@ -21,6 +23,29 @@ def digits():
     config.checkpoint.update({"every": 1500, "keep": 1})
     config.log.update({"every": 50, "sample_every": 1500, "tensorboard": False})
     return config
+
+
+def faces():
+    """600 steps of 128 LFW faces at 16 px, sixteen tokens; `python ../shared/data/unpack.py --out runs/data lfw` unpacks them."""
+    config = digits()
+    config.data.update({"source": "folder", "path": "runs/data/lfw", "image_size": 16, "channels": 3})
+    # Half the Nyquist rate again; as deep as makes a global function cost what its rivals do at this size.
+    config.model.update({"cutoff": "4", "extractor_depth": 7})
+    config.num_steps = config.checkpoint.every = config.log.sample_every = 600
+    return config
+
+
+SETS = {"digits": digits, "faces": faces}
+
+
+def base(arg: str) -> ConfigDict:
+    """The set that is named among the variants in `arg`, digits where none is."""
+    return SETS[next(filter(SETS.get, arg.split(",")), "digits")]()
+
+
+def finish(config: ConfigDict, arg: str, variants: dict) -> ConfigDict:
+    """`common.finish`, which lets the name of the set pass."""
+    return common.finish(config, arg, dict.fromkeys(SETS, lambda config: None) | variants)
 
 
 def arms(*names: str) -> list[dict]:

@@ -6,15 +6,14 @@ coordinates against clean ones.
     python -m fid_imagegen.sample --workdir runs/functions/UNIT --sizes 8,16,32      # 1x, 2x and 4x, to look at
 """
 
-from configs import common
 from configs.studies import common as studies
 
 
 def get_config(arg: str = ""):
     """x0_blend, the Nyquist rate, clean coordinates, unless a variant is named."""
-    config = studies.digits()
+    config = studies.base(arg)
     config.model.cutoff = "nyquist"
-    return common.finish(config, arg, VARIANTS)
+    return studies.finish(config, arg, VARIANTS)
 
 
 def edm(config) -> None:
@@ -29,7 +28,7 @@ def cutoff_1024(config) -> None:
 
 def half_nyquist(config) -> None:
     """The demo's."""
-    config.model.cutoff = "2"
+    config.model.cutoff = str(config.data.image_size // 4)
 
 
 def variational(config) -> None:

@@ -15,7 +15,7 @@ LEVELS = {"log_mean": 0.3, "log_deviation": 1.5}
 
 def get_config(arg: str = ""):
     """ect, unless a variant is named."""
-    return common.finish(studies.digits(), arg, VARIANTS)
+    return studies.finish(studies.base(arg), arg, VARIANTS)
 
 
 def ct(config) -> None:
