@@ -114,7 +114,7 @@ def base() -> ConfigDict:
     config.model.predictor_depth = config_dict.placeholder(int)
     config.model.function = config_dict.placeholder(
         str
-    )  # global: 5x256, 5x128, 5x64; local: local256, local128, local64, patch64, patch32
+    )  # global: 5x256, 5x128, 5x64; of a place: local256, local128, local64, patch64, patch32, pixel128, pixel64, pixel32
     config.model.function_width = config_dict.placeholder(int)
     config.model.function_depth = config_dict.placeholder(int)
     config.model.bands = config_dict.placeholder(int)
@@ -190,7 +190,7 @@ def runlocal(config: ConfigDict) -> ConfigDict:
         config.model.unet.update({"blocks": 1, "widths": (16, 16), "attention_levels": (1,)})
     else:
         config.model.preset = "tiny"
-    if not (config.model.function or "").startswith(("local", "patch")):
+    if not (config.model.function or "").startswith(("local", "patch", "pixel")):
         config.model.update({"function_width": 16, "function_depth": 3, "bands": 4, "groups": 4})
     config.pretrain.update({"num_steps": min(4, config.pretrain.num_steps), "batch_size": 8, "checkpoint_every": 4})
     config.checkpoint.every = 4

@@ -238,7 +238,7 @@ def _global_mflop(images="digits"):
     return _mflop(_module("studies.generators").get_config(images))
 
 
-@pytest.mark.parametrize("arm", ["local", "patches", "dit", "uvit"])
+@pytest.mark.parametrize("arm", ["local", "patches", "pixels", "dit", "uvit"])
 @pytest.mark.parametrize(("images", "margin"), [("digits", 0.06), ("faces", 0.1)])
 def test_the_rivals_of_a_study_cost_the_same(arm, images, margin):
     config = _module("studies.generators").get_config(f"{images},{arm}")

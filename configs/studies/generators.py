@@ -1,4 +1,4 @@
-"""Does the generator of functions lose to its twin of one fixed size? Global, local, per-patch functions against DiT and U-ViT.
+"""Does the generator of functions lose to its twin of one fixed size? Four kinds of functions against DiT and U-ViT.
 
     python -m launch.run --config configs/studies/generators.py --sweep generator,seed
     python -m benchmarks.study --experiment runs/generators
@@ -31,6 +31,12 @@ def patches(config) -> None:
     config.model.update({"function": "patch32", "extractor_depth": 5})
 
 
+def pixels(config) -> None:
+    """Features of every pixel, a shared MLP that reads them; a trunk nearly as deep as DiT's."""
+    _unset(config)
+    config.model.update({"function": "pixel32", "extractor_depth": 8, "predictor_depth": 1})
+
+
 def dit(config) -> None:
     """DiT of ten blocks."""
     config.model.update({"network": "dit", "depth": 10})
@@ -41,7 +47,14 @@ def uvit(config) -> None:
     config.model.update({"network": "uvit", "depth": 8, "width": 88})
 
 
-VARIANTS = {"global": lambda config: None, "local": local_functions, "patches": patches, "dit": dit, "uvit": uvit}
+VARIANTS = {
+    "global": lambda config: None,
+    "local": local_functions,
+    "patches": patches,
+    "pixels": pixels,
+    "dit": dit,
+    "uvit": uvit,
+}
 
 
 def get_sweep():

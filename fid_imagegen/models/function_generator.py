@@ -28,6 +28,7 @@ from fid_imagegen.models.layers import (
 )
 from fid_imagegen.models.local_function import LOCAL_PRESETS, LocalMLP
 from fid_imagegen.models.patch_function import PATCH_PRESETS, PatchMLP
+from fid_imagegen.models.pixel_function import PIXEL_PRESETS, PixelMLP
 
 # The predictor holds less than half of the parameters, as the paper says. S has DiT-S's trunk, B and L the wider ones.
 PRESETS = {
@@ -36,6 +37,9 @@ PRESETS = {
     "B": {"width": 512, "heads": 8, "extractor_depth": 16, "predictor_depth": 8, "function": "5x256"},
     "L": {"width": 768, "heads": 12, "extractor_depth": 20, "predictor_depth": 10, "function": "5x256"},
 }
+
+# Presets of the image functions, by kind.
+KINDS = {CoordinateMLP: FUNCTION_PRESETS, LocalMLP: LOCAL_PRESETS, PatchMLP: PATCH_PRESETS, PixelMLP: PIXEL_PRESETS}
 
 
 class PatchEmbedding(nn.Module):
@@ -103,7 +107,7 @@ class FunctionPredictor(nn.Module):
 class LocalPredictor(nn.Module):
     """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features."""
 
-    kind: LocalMLP | PatchMLP
+    kind: LocalMLP | PatchMLP | PixelMLP
     width: int
     heads: int
     depth: int
@@ -139,7 +143,7 @@ class FunctionGenerator(nn.Module):
     preconditioning says it.
     """
 
-    kind: CoordinateMLP | LocalMLP | PatchMLP
+    kind: CoordinateMLP | LocalMLP | PatchMLP | PixelMLP
     image_size: int
     patch: int
     width: int
@@ -212,35 +216,48 @@ def function_kind(
     activation: str = "relu",
     weight_update: str = "normalize",
     **sizes,
-) -> CoordinateMLP | LocalMLP | PatchMLP:
+) -> CoordinateMLP | LocalMLP | PatchMLP | PixelMLP:
     """The image function of a named size, `sizes` in the place of the preset's.
 
     cutoff, activation and weight_update are a global function's; cutoff: "nyquist" (image_size / 2) or cycles per image. The
     bands of the others are counted by the patch, up to the Nyquist rate of its pixels if `sizes` do not say otherwise.
     """
-    presets = FUNCTION_PRESETS | LOCAL_PRESETS | PATCH_PRESETS
-    if preset not in presets:
+    known = {name: kind for kind, presets in KINDS.items() for name in presets}
+    if preset not in known:
         raise ValueError(
-            f"found function preset {preset!r}, expected one of {sorted(presets)}; change config.model.function"
+            f"found function preset {preset!r}, expected one of {sorted(known)}; change config.model.function"
         )
-    made = LocalMLP if preset in LOCAL_PRESETS else PatchMLP if preset in PATCH_PRESETS else CoordinateMLP
-    if unknown := sorted(set(sizes) - {field.name for field in dataclasses.fields(made)}):
+    kind = known[preset]
+    if unknown := sorted(set(sizes) - {field.name for field in dataclasses.fields(kind)}):
         raise ValueError(
             f"found {', '.join(unknown)} for function {preset!r}, which has none; leave it out of config.model"
         )
-    if made is not CoordinateMLP:
-        if made is PatchMLP and patch % 2:
-            raise ValueError(
-                f"found patch {patch} for functions of patches, expected an even one; change config.model.patch"
-            )
-        bands = max(1, patch // 2) if made is LocalMLP else 2 * patch
-        here = {"channels": channels, "rows": image_size // patch, "columns": image_size // patch, "bands": bands}
-        return made(**(here | presets[preset] | sizes))
+    if kind is CoordinateMLP:
+        cycles = _cycles(cutoff, image_size)
+        here = {"cutoff": cycles, "activation": activation, "weight_update": weight_update}
+    else:
+        patches = image_size // patch
+        here = {"rows": patches, "columns": patches, **_by_patch(kind, patch)}
+    return kind(**({"channels": channels} | here | KINDS[kind][preset] | sizes))
+
+
+def _cycles(cutoff: str | float, image_size: int) -> float:
     try:
-        cutoff = image_size / 2 if cutoff == "nyquist" else float(cutoff)
+        return image_size / 2 if cutoff == "nyquist" else float(cutoff)
     except ValueError:
         raise ValueError(
             f"found cutoff {cutoff!r}, expected 'nyquist' or cycles per image, such as 1024; change config.model.cutoff"
         ) from None
-    here = {"channels": channels, "cutoff": cutoff, "activation": activation, "weight_update": weight_update}
-    return CoordinateMLP(**(here | presets[preset] | sizes))
+
+
+def _by_patch(kind: type, patch: int) -> dict[str, int]:
+    """What a function of a place takes from the size of its patches."""
+    if kind is PixelMLP:
+        return {"patch": patch}
+    if kind is LocalMLP:
+        return {"bands": max(1, patch // 2)}
+    if patch % 2:
+        raise ValueError(
+            f"found patch {patch} for functions of patches, expected an even one; change config.model.patch"
+        )
+    return {"bands": 2 * patch}

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from fid_imagegen.models.coordinate_mlp import CoordinateMLP
 from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.models.patch_function import PatchMLP
+from fid_imagegen.models.pixel_function import PixelMLP
 from fid_imagegen.models.resampling import resample
 
 
@@ -82,7 +83,7 @@ class PixelGrid:
 class Guided:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) of two functions: null + scale (labelled - null)."""
 
-    kind: CoordinateMLP | LocalMLP | PatchMLP | PixelGrid
+    kind: CoordinateMLP | LocalMLP | PatchMLP | PixelMLP | PixelGrid
 
     @property
     def channels(self) -> int:
@@ -115,7 +116,7 @@ class NativeTerm:
 class ImageFunctions:
     """A batch of image functions. `grid` is the (height, width) they were trained at."""
 
-    kind: CoordinateMLP | LocalMLP | PatchMLP | PixelGrid | Guided = flax.struct.field(pytree_node=False)
+    kind: CoordinateMLP | LocalMLP | PatchMLP | PixelMLP | PixelGrid | Guided = flax.struct.field(pytree_node=False)
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     shared: Any = None
     per_image: Any = None

@@ -22,6 +22,7 @@ from fid_imagegen.models.coordinate_mlp import CoordinateMLP
 from fid_imagegen.models.image_function import Guided, ImageFunctions, NativeTerm, PixelGrid
 from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.models.patch_function import PatchMLP
+from fid_imagegen.models.pixel_function import PixelMLP
 from fid_imagegen.pipelines import edits
 from fid_imagegen.tasks.generator import to_float
 from fid_imagegen.tasks.networks import grid_size
@@ -30,7 +31,7 @@ from fid_imagegen.training.runs import read_params
 BATCH = 64
 MAX_NUM = 1_000_000
 READ = {int: int, float: float, str: str, bool: "True".__eq__}
-KINDS = {kind.__name__: kind for kind in (CoordinateMLP, LocalMLP, PatchMLP, PixelGrid)}
+KINDS = {kind.__name__: kind for kind in (CoordinateMLP, LocalMLP, PatchMLP, PixelMLP, PixelGrid)}
 
 
 class RenderableFunctions:

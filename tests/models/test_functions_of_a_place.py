@@ -8,11 +8,13 @@ import pytest
 from fid_imagegen.models.image_function import ImageFunctions, evaluate
 from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.models.patch_function import PatchMLP
+from fid_imagegen.models.pixel_function import PixelMLP
 from fid_imagegen.models.rendering import render
 
 KINDS = [
     LocalMLP(channels=3, rows=2, columns=3, features=5, width=7, depth=3, bands=2),
     PatchMLP(channels=3, rows=2, columns=3, width=5, bands=4),
+    PixelMLP(channels=3, rows=2, columns=3, patch=4, values=5, width=7),
 ]
 
 
