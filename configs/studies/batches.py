@@ -1,7 +1,7 @@
 """The paper's claim: at batch 32 consistency training of a U-Net oscillates, that of Transformers does not. Its curve shows.
 
     python -m launch.run --config configs/studies/batches.py --sweep network,batch,seed
-    python -m launch.run table --experiment batches --metrics loss
+    python -m benchmarks.curves --experiment runs/batches
 
 `ct` as Song et al. 2023 but for LPIPS, whose weights are not at hand, and for 20 levels at the end: its target hands what is
 known down one level at a time, and 150 of them need more steps than these. Equal images: 96,000 at every batch size.
@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     config = studies.digits()
     config.objective, config.distance, config.preconditioning = common.objective("ct", s1=20), "l2", "edm"
     config.optimizers.generator = common.optimizer("radam", 4e-4)
-    config.log.every = 10
+    config.log.every = 1
     return common.finish(config, arg, VARIANTS)
 
 
