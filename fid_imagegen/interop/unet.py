@@ -38,6 +38,26 @@ def to_state_dict(params: Mapping) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(leaf) for name, leaf in named_tensors(params, torch_name).items()}
 
 
+def diffusers_config(model: ADM) -> dict:
+    """The fields of the UNet2DModel that `model` is: at the public model's widths, openai/diffusers-cd_imagenet64_l2."""
+    with_attention = [level in model.attention_levels for level in range(len(model.widths))]
+    return {
+        "in_channels": model.channels,
+        "out_channels": model.channels,
+        "block_out_channels": model.widths,
+        "layers_per_block": model.blocks,
+        "attention_head_dim": model.head_width,
+        "norm_num_groups": model.groups,
+        "attn_norm_num_groups": model.groups,
+        "num_class_embeds": model.num_classes or None,
+        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in with_attention],
+        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(with_attention)],
+        "resnet_time_scale_shift": "scale_shift",
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    }
+
+
 def abstract_params(model: ADM) -> dict:
     """Shapes and types of the model's params; no memory is taken."""
     side = 2 ** (len(model.widths) - 1)

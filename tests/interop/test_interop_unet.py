@@ -10,7 +10,14 @@ from fid_imagegen.diffusion import samplers
 from fid_imagegen.diffusion.noise import NoiseRange, karras_sigma
 from fid_imagegen.diffusion.preconditioning import c_noise, c_skip, consistency_function, preconditioning
 from fid_imagegen.interop.state_dict import convert_state_dict
-from fid_imagegen.interop.unet import abstract_params, from_state_dict, load_unet, to_state_dict, torch_name
+from fid_imagegen.interop.unet import (
+    abstract_params,
+    diffusers_config,
+    from_state_dict,
+    load_unet,
+    to_state_dict,
+    torch_name,
+)
 from fid_imagegen.models.unets.adm import ADM
 from fid_imagegen.models.unets.presets import build_unet
 from fid_imagegen.models.unets.score import ScoreBlock
@@ -26,23 +33,8 @@ def random_params(model, seed=0):
 
 
 def diffusers_unet(diffusers, model: ADM):
-    """The UNet2DModel that `model` stands for: at the public model's widths, openai/diffusers-cd_imagenet64_l2."""
-    with_attention = [level in model.attention_levels for level in range(len(model.widths))]
-    return diffusers.UNet2DModel(
-        in_channels=model.channels,
-        out_channels=model.channels,
-        block_out_channels=model.widths,
-        layers_per_block=model.blocks,
-        attention_head_dim=model.head_width,
-        norm_num_groups=model.groups,
-        attn_norm_num_groups=model.groups,
-        num_class_embeds=model.num_classes or None,
-        down_block_types=[("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D") for a in with_attention],
-        up_block_types=[("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D") for a in reversed(with_attention)],
-        resnet_time_scale_shift="scale_shift",
-        downsample_type="resnet",
-        upsample_type="resnet",
-    ).eval()
+    """The UNet2DModel that `model` stands for."""
+    return diffusers.UNet2DModel(**diffusers_config(model)).eval()
 
 
 def randomised(torch, module):
