@@ -24,6 +24,7 @@ from fid_imagegen.models.layers import (
     unpatchify,
     wide,
 )
+from fid_imagegen.models.products import Dense
 
 DITS = {
     "tiny": {"width": 128, "heads": 4, "depth": 6},
@@ -80,9 +81,7 @@ class DiT(nn.Module):
         """
         check_image(x_BHWC, self.channels, self.patch)
         rows, columns = (side // self.patch for side in x_BHWC.shape[1:3])
-        tokens = nn.Dense(self.width, kernel_init=XAVIER, dtype=self.dtype, name="patches")(
-            patchify(x_BHWC, self.patch)
-        )
+        tokens = Dense(self.width, kernel_init=XAVIER, dtype=self.dtype, name="patches")(patchify(x_BHWC, self.patch))
         tokens = tokens + column_row_positions(rows, columns, self.width).astype(self.dtype)
         tokens, condition = FeatureExtractor(
             width=self.width,
@@ -98,11 +97,9 @@ class DiT(nn.Module):
             name="extractor",
         )(nn.with_logical_constraint(tokens, TOKENS), levels_BK, label_B, deterministic, (rows, columns))
         zeros = nn.initializers.zeros
-        modulation = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="modulation")(
-            nn.silu(condition)
-        )
+        modulation = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(condition))
         shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
         x = NORMS[self.style.norm]("norm", affine=False, dtype=wide(self.dtype))(tokens) * (1 + scale) + shift
         features = self.patch**2 * (self.out_channels or self.channels)
-        x = nn.Dense(features, kernel_init=zeros, dtype=wide(self.dtype), name="head")(x)
+        x = Dense(features, kernel_init=zeros, dtype=wide(self.dtype), name="head")(x)
         return unpatchify(x, self.patch, rows)

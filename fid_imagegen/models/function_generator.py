@@ -29,6 +29,7 @@ from fid_imagegen.models.layers import (
 from fid_imagegen.models.local_function import LOCAL_PRESETS, LocalMLP
 from fid_imagegen.models.patch_function import PATCH_PRESETS, PatchMLP
 from fid_imagegen.models.pixel_function import PIXEL_PRESETS, PixelMLP
+from fid_imagegen.models.products import Dense
 
 # The predictor holds less than half of the parameters, as the paper says. S has DiT-S's trunk, B and L the wider ones.
 PRESETS = {
@@ -52,7 +53,7 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch tokens features"]:
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
-        tokens = nn.Dense(self.features, kernel_init=XAVIER, dtype=self.dtype, name="project")(
+        tokens = Dense(self.features, kernel_init=XAVIER, dtype=self.dtype, name="project")(
             patchify(x, self.patch).astype(self.dtype)
         )
         tokens = tokens + sin_cos_positions(rows, columns, self.features).astype(self.dtype)
@@ -97,7 +98,7 @@ class FunctionPredictor(nn.Module):
         init = nn.initializers.lecun_normal() if self.kind.weight_update == "normalize" else nn.initializers.zeros
         for layer, ((fan_in, _), count) in enumerate(zip(self.kind.layer_sizes, columns, strict=True)):
             own = norm(f"head_norm_{layer}", affine=True, dtype=self.dtype)(tokens[:, start : start + count])
-            predicted = nn.Dense(fan_in, kernel_init=init, dtype=self.dtype, name=f"head_{layer}")(own)
+            predicted = Dense(fan_in, kernel_init=init, dtype=self.dtype, name=f"head_{layer}")(own)
             predicted = rearrange(predicted, "b g f -> b f g")
             per_image[f"columns_{layer}"] = nn.with_logical_constraint(predicted, ("batch", None, None))
             start += count
@@ -132,7 +133,7 @@ class LocalPredictor(nn.Module):
         context = norm("norm_context", affine=True, dtype=self.dtype)(features)
         angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
         tokens = norm("head_norm", affine=True, dtype=self.dtype)(blocks(features, context, angles)[0])
-        made = nn.Dense(self.kind.features, dtype=self.dtype, name="head")(tokens)
+        made = Dense(self.kind.features, dtype=self.dtype, name="head")(tokens)
         return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
 
 

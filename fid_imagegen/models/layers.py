@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from fid_imagegen.models.products import Dense, attend
 from fid_imagegen.models.rotary import Rotation, rotary_angles, rotate
 
 Dtype = Any
@@ -113,12 +113,12 @@ class LevelEmbedding(nn.Module):
         x = sin_cos_levels(self.scale * levels_BK.astype(wide(levels_BK.dtype)), 256).astype(self.dtype)
         x = rearrange(x, "b k f -> b (k f)")
         normal = nn.initializers.normal(0.02)
-        x = nn.silu(nn.Dense(self.features, kernel_init=normal, dtype=self.dtype)(x))
-        return nn.Dense(self.features, kernel_init=normal, dtype=self.dtype)(x)
+        x = nn.silu(Dense(self.features, kernel_init=normal, dtype=self.dtype)(x))
+        return Dense(self.features, kernel_init=normal, dtype=self.dtype)(x)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `queries` over `context`, softmax in float32. Written as einsums so that a JVP exists.
+    """Multi-head attention of `queries` over `context` (`products.attend`).
 
     qk_norm: RMS norms on the queries and keys of every head (Dehghani et al. 2023, arXiv 2302.05442), so that logits cannot
     grow with the weights; continuous-time objectives need them to stay finite.
@@ -145,9 +145,7 @@ class Attention(nn.Module):
             )
 
         def project(name, x):
-            dense = nn.Dense(
-                features, use_bias=self.use_bias, kernel_init=self.kernel_init, dtype=self.dtype, name=name
-            )
+            dense = Dense(features, use_bias=self.use_bias, kernel_init=self.kernel_init, dtype=self.dtype, name=name)
             x = rearrange(dense(x), "b n (h d) -> b n h d", h=self.heads)
             return nn.with_logical_constraint(x, ("batch", "tokens", "heads", None))
 
@@ -158,10 +156,8 @@ class Attention(nn.Module):
             )
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide(self.dtype))
-        weights = jax.nn.softmax(logits / math.sqrt(features // self.heads)).astype(self.dtype)
-        out = rearrange(jnp.einsum("bhqk,bkhd->bqhd", weights, v), "b n h d -> b n (h d)")
-        return nn.Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, name="out")(out)
+        out = rearrange(attend(q, k, v), "b n h d -> b n (h d)")
+        return Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, name="out")(out)
 
 
 class FeedForward(nn.Module):
@@ -173,9 +169,9 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens features"]) -> Float[Array, "batch tokens features"]:
-        hidden = nn.Dense(4 * x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x)
+        hidden = Dense(4 * x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="up")(x)
         hidden = nn.with_logical_constraint(nn.gelu(hidden, approximate=not self.exact), ("batch", "tokens", "hidden"))
-        return nn.Dense(x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="down")(hidden)
+        return Dense(x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype, name="down")(hidden)
 
 
 class SwiGLU(nn.Module):
@@ -195,7 +191,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens features"]) -> Float[Array, "batch tokens features"]:
         def dense(features, name):
-            return nn.Dense(features, use_bias=False, kernel_init=XAVIER, dtype=self.dtype, name=name)
+            return Dense(features, use_bias=False, kernel_init=XAVIER, dtype=self.dtype, name=name)
 
         width = self.hidden(x.shape[-1])
         hidden = nn.silu(dense(width, "gate")(x)) * dense(width, "up")(x)
@@ -249,13 +245,11 @@ class AdaLNZeroBlock(nn.Module):
         angles: Rotation | None = None,
     ) -> tuple[Float[Array, "batch tokens features"], None]:
         zeros, norm, mlp = nn.initializers.zeros, NORMS[self.style.norm], MLPS[self.style.mlp]
-        modulation = nn.Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(
-            nn.silu(condition)
-        )
+        modulation = Dense(6 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(condition))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None], 6, axis=-1)
         h = norm("norm_attention", affine=False, dtype=self.dtype)(x) * (1 + scale_a) + shift_a
-        attend = Attention(self.heads, use_bias=True, qk_norm=self.style.qk_norm, dtype=self.dtype, name="attention")
-        x = x + gate_a * nn.Dropout(self.dropout)(attend(h, h, angles), deterministic)
+        attention = Attention(self.heads, use_bias=True, qk_norm=self.style.qk_norm, dtype=self.dtype, name="attention")
+        x = x + gate_a * nn.Dropout(self.dropout)(attention(h, h, angles), deterministic)
         h = norm("norm_mlp", affine=False, dtype=self.dtype)(x) * (1 + scale_m) + shift_m
         h = mlp(dtype=self.dtype, name="mlp")(h)
         x = x + gate_m * nn.Dropout(self.dropout)(h, deterministic)

@@ -21,6 +21,7 @@ from fid_imagegen.models.layers import (
     unpatchify,
     wide,
 )
+from fid_imagegen.models.products import Dense
 
 # CIFAR-10 is S with patches of 2, CelebA-64 S with 4, ImageNet-64 M or L with 4.
 UVITS = {
@@ -46,7 +47,7 @@ class UViTBlock(nn.Module):
     def __call__(self, x: Tokens, skip: Tokens | None, deterministic: bool) -> tuple[Tokens, Tokens]:
         if skip is not None:
             both = jnp.concatenate([x, skip], axis=-1)
-            x = nn.Dense(x.shape[-1], kernel_init=NORMAL, dtype=self.dtype, name="join")(both)
+            x = Dense(x.shape[-1], kernel_init=NORMAL, dtype=self.dtype, name="join")(both)
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_attention")(x)
         h = Attention(self.heads, use_bias=False, kernel_init=NORMAL, dtype=self.dtype, name="attention")(h, h)
         x = x + nn.Dropout(self.dropout)(h, deterministic)
@@ -94,7 +95,7 @@ class UViT(nn.Module):
         Raises ValueError for other channels or sizes, sizes that `patch` does not divide, odd depths, and missing labels.
         """
         self._check(x_BHWC)
-        patches = nn.Dense(self.width, kernel_init=CONVOLUTION, dtype=self.dtype, name="patches")(
+        patches = Dense(self.width, kernel_init=CONVOLUTION, dtype=self.dtype, name="patches")(
             patchify(x_BHWC, self.patch)
         )
         extras = [sin_cos_levels(self.level_scale * levels_BK.astype(wide(levels_BK.dtype)), self.width)]
@@ -121,7 +122,7 @@ class UViT(nn.Module):
         tokens, _ = decoder(tokens, skips[:half][::-1], deterministic)
 
         x = nn.LayerNorm(epsilon=1e-5, dtype=wide(self.dtype), name="norm")(tokens[:, -patches.shape[1] :])
-        x = nn.Dense(self.patch**2 * self.channels, kernel_init=NORMAL, dtype=wide(self.dtype), name="head")(x)
+        x = Dense(self.patch**2 * self.channels, kernel_init=NORMAL, dtype=wide(self.dtype), name="head")(x)
         x = unpatchify(x, self.patch, self.image_size[0] // self.patch)
         return nn.Conv(self.channels, (3, 3), kernel_init=CONVOLUTION, dtype=wide(self.dtype), name="smooth")(x)
 

@@ -1,6 +1,5 @@
 """What the U-Nets share: features of the noise level, resampling by two, convolutions, norms, self-attention."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce, repeat
 from jaxtyping import Array, Float, Shaped
+
+from fid_imagegen.models.products import Dense, attend
 
 Dtype = Any
 Image = Float[Array, "batch height width channels"]
@@ -93,10 +94,7 @@ def group_norm(groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.Group
 
 
 class SelfAttention(nn.Module):
-    """What attention of the normed positions to each other adds to x: nothing at initialisation.
-
-    Softmax in float32; written as einsums so that a JVP exists.
-    """
+    """What attention of the normed positions to each other adds to x: nothing at initialisation."""
 
     heads: int
     groups: int
@@ -109,19 +107,16 @@ class SelfAttention(nn.Module):
         features = x.shape[-1]
         if features % self.heads:
             raise ValueError(f"found width {features} with {self.heads} heads, expected a multiple; change the widths")
-        wide = jnp.promote_types(self.dtype, jnp.float32)
         h = rearrange(group_norm(self.groups, self.epsilon, self.dtype, "group_norm")(x), "b h w c -> b (h w) c")
 
         def project(name):
-            tokens = nn.Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, name=name)(h)
+            tokens = Dense(features, kernel_init=self.kernel_init, dtype=self.dtype, name=name)(h)
             tokens = rearrange(tokens, "b n (h d) -> b n h d", h=self.heads)
             return nn.with_logical_constraint(tokens, ("batch", "tokens", "heads", None))
 
         q, k, v = (project(name) for name in ("to_q", "to_k", "to_v"))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide)
-        weights = jax.nn.softmax(logits / math.sqrt(features // self.heads)).astype(self.dtype)
-        out = rearrange(jnp.einsum("bhqk,bkhd->bqhd", weights, v), "b n h d -> b n (h d)")
-        return nn.Dense(features, kernel_init=ZEROS, dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)
+        out = rearrange(attend(q, k, v), "b n h d -> b n (h d)")
+        return Dense(features, kernel_init=ZEROS, dtype=self.dtype, name="to_out_0")(out).reshape(x.shape)
 
 
 def check_input(x: Image, label_B: Shaped[Array, "batch"] | None, *, levels: int, num_classes: int) -> None:
