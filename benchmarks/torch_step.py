@@ -1,7 +1,7 @@
 """A step of easy consistency tuning in PyTorch, as `training.state` and `diffusion.objectives.ect` make ours.
 
-The student at level t, itself without gradient at r on the same noise, pseudo-Huber's distance of both over t - r; fused Adam; one
-average of the parameters. What is drawn is of the same laws, from PyTorch's own generator.
+The student at level t, itself without gradient at r on the same noise, pseudo-Huber's distance of both over t - r; fused Adam;
+one average of the parameters. What is drawn is of the same laws, from PyTorch's own generator.
 """
 
 import math

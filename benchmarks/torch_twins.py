@@ -1,8 +1,8 @@
 """Our generators as one would write them in PyTorch: the peers of `benchmarks/throughput.py`.
 
 A twin takes what our network takes, [batch, height, width, channels] and one level an image, and returns the same values for the
-same parameters (`tests/test_throughput.py`). Names follow our tree where PyTorch's habits do not differ: they do in one matrix for
-queries, keys and values, and in modules where we stack layers. ADM's twin is diffusers'.
+same parameters (`tests/test_throughput.py`). Names follow our tree where PyTorch's habits do not differ: they do in one matrix
+for queries, keys and values, and in modules where we stack layers. ADM's twin is diffusers'.
 """
 
 import math
