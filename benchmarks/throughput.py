@@ -1,6 +1,6 @@
 """Images/s of training: ours against plain PyTorch twins of the same shapes, in turns in one process; the goal is a ratio of 1.
 
-    python -m benchmarks.throughput [--generators dit,uvit,function,unet] [--preset S] [--rounds 5] [--compile]
+    python -m benchmarks.throughput [--generators dit,uvit,function,unet] [--preset S] [--rounds 3] [--compile]
 
 A step is whole: easy consistency tuning's loss, gradient, Adam, one average of the parameters. Ours is the loop's, made by
 `state.compile_step` with `config.model.unroll`; the twin's is `torch_step`'s. A turn is as many steps as fill `--turn` seconds,
@@ -161,8 +161,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", default="S")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--patch", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=1.0, help="seconds of a turn, at least one step")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
