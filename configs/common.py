@@ -19,8 +19,15 @@ OBJECTIVES = {
     "edm": {"log_mean": -1.2, "log_deviation": 1.2},
     # Geng et al. 2025 and, its network of clean images, Lu et al. 2026.
     "meanflow": {"logit_mean": -0.4, "logit_deviation": 1.0, "instant": 0.75, "power": 1.0, "offset": 0.01},
-    # Lu & Song 2025, CIFAR-10.
-    "sct": {"warmup": 10_000, "normaliser": 0.1, "log_mean": -1.0, "log_deviation": 1.4, "distilled": False},
+    # Lu & Song 2025, CIFAR-10, but for the learned weight of levels: `learn_level_weight`.
+    "sct": {
+        "warmup": 10_000,
+        "normaliser": 0.1,
+        "log_mean": -1.0,
+        "log_deviation": 1.4,
+        "distilled": False,
+        "weight_cosines": 0,
+    },
 }
 
 # Of the small VGG whose features are the distance "augmentations".
@@ -53,6 +60,13 @@ def optimizer(name: str, learning_rate: float, **changes) -> ConfigDict:
         "grad_clip": 0.0,  # global norm; 0: no clipping
     }
     return ConfigDict(fields | changes)
+
+
+def learn_level_weight(config: ConfigDict) -> None:
+    """The learned weight of levels of `sct`: a group with an optimizer of its own, for it has further to go than a network."""
+    config.objective.weight_cosines = 16
+    config.optimizers.level_weight = optimizer("adam", 1e-2)
+    config.init.level_weight = ""
 
 
 def training(task: str) -> ConfigDict:

@@ -170,5 +170,6 @@ VARIANTS = {
     "b_jumps": b_jumps,
     "tuned": wuerstchen.tuned,
     "continuous": wuerstchen.continuous,
+    "weighted": wuerstchen.weighted,
     "runlocal": runlocal,
 }

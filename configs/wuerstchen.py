@@ -4,8 +4,8 @@
         --config.data.source=prepared --config.data.path=...
 
 Variants: `published`, and in its phases `paper`; `transformer`, `b_no_text`, `previewer`; of baselines `ldm` and `text_only`;
-`jumps` and `b_jumps` add a Stage C and a Stage B of one to four steps, distilled at some levels, or `tuned` or `continuous`;
-`runlocal` of any of them.
+`jumps` and `b_jumps` add a Stage C and a Stage B of one to four steps, distilled at some levels, or `tuned` or `continuous`,
+the latter also `weighted`; `runlocal` of any of them.
 
 A config holds a whole config for each stage; `stages` says which are trained, in order. Published: 24,602 A100-hours for
 Stage C, 11,000 for Stage B. Not yet reproduced.
@@ -320,6 +320,12 @@ def continuous(config: ConfigDict) -> None:
             config[stage].model.level_scale = 16.0
 
 
+def weighted(config: ConfigDict) -> None:
+    """Twins of `continuous` with sCM's learned weight of levels."""
+    for twin in _twins(config):
+        common.learn_level_weight(config[twin])
+
+
 def with_previewer(config: ConfigDict) -> None:
     """The three stages and a previewer of Stage C's latents."""
     config.previewer = previewer()
@@ -436,6 +442,7 @@ VARIANTS = {
     "b_jumps": b_jumps,
     "tuned": tuned,
     "continuous": continuous,
+    "weighted": weighted,
     "runlocal": runlocal,
 }
 

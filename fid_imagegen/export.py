@@ -49,7 +49,8 @@ def export(workdir: str, out: str) -> Path:
     from fid_imagegen.training.runs import whole_folder, write_params
 
     target, pipe = Path(out), ImageFunctionPipeline.from_pretrained(workdir)
-    config, params = pipe.config, pipe.params
+    # What an objective trains beside the generator makes no image.
+    config, params = pipe.config, {"generator": pipe.params["generator"]}
     card = CARD.format(
         name=target.name,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -20,6 +20,7 @@ STAGED = [name for name in FOUND if "wuerstchen" in name]  # three configs in on
 NAMES = [name for name in FOUND if name not in (*STAGED, "augmentation_net")]  # image functions
 # Variants of what another adds.
 BESIDE = {"tuned": "jumps,b_jumps,tuned", "continuous": "jumps,b_jumps,continuous"}
+BESIDE["weighted"] = f"{BESIDE['continuous']},weighted"
 JSON_TYPES = (bool, int, float, str, type(None))
 
 
@@ -68,9 +69,12 @@ def test_every_variant_is_locked_complete_and_json(name, arg):
         config.model.widht = 3
     with pytest.raises(AttributeError):
         config.optimizers.generator.learning_rat = 3
-    # Every key there is stands in base(): none is added by a config, none is missing.
-    keys = lambda c: {key for key, _ in _leaves(c) if not key.startswith("objective.")}  # noqa: E731
+    # Every key there is stands in base(): none is added by a config, none is missing, but for an objective and groups of its own.
+    task = tasks.build(config)
+    own = ("objective.", *(f"{part}.{group}" for part in ("optimizers", "init") for group in task.objective.own))
+    keys = lambda c: {key for key, _ in _leaves(c) if not key.startswith(own)}  # noqa: E731
     assert keys(config) == keys(common.base())
+    assert set(task.trained) == set(config.optimizers) <= set(config.init)
     assert set(config.objective) == {"name", *common.OBJECTIVES[config.objective.name]}
     wrong = {key: type(value) for key, value in _leaves(config.to_dict()) if not isinstance(value, JSON_TYPES)}
     assert not wrong
@@ -270,8 +274,9 @@ def test_tasks_are_built_from_what_a_work_directory_holds(name, arg):
     stored = ConfigDict(json.loads(config.to_json()))
     for task_name in ("consistency", "reconstruction")[: 1 + (config.model.network == "function")]:
         stored.task = task_name
-        params, _ = jax.eval_shape(tasks.build(stored).init, jax.random.key(0))
-        assert set(params) == {"generator"}
+        task = tasks.build(stored)
+        params, _ = jax.eval_shape(task.init, jax.random.key(0))
+        assert set(params) == set(task.trained)
         assert sum(x.size for x in jax.tree.leaves(params)) < 3_000_000  # a minute on 2 cores
 
 

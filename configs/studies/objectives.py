@@ -34,13 +34,26 @@ def sct(config) -> None:
     config.model.update({"level_scale": 1.0, "qk_norm": True})
 
 
+def sct_weighted(config) -> None:
+    """The same with the learned weight of levels."""
+    sct(config)
+    common.learn_level_weight(config)
+
+
 def meanflow(config) -> None:
     """Lu et al. 2026."""
     config.objective, config.distance = common.objective("meanflow"), "l2"
     config.preconditioning, config.model.level_scale = "mean_flow", 1.0
 
 
-VARIANTS = {"ct": ct, "ict": ict, "ect": lambda config: None, "sct": sct, "meanflow": meanflow}
+VARIANTS = {
+    "ct": ct,
+    "ict": ict,
+    "ect": lambda config: None,
+    "sct": sct,
+    "sct_weighted": sct_weighted,
+    "meanflow": meanflow,
+}
 
 
 def get_sweep():

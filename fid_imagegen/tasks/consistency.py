@@ -31,9 +31,9 @@ from fid_imagegen.tasks.windows import check_windows, draw_windows
 
 
 class ConsistencyTask:
-    """Group `generator` is trained, `target` tracks it where the objective asks; a teacher and a distance's net are frozen."""
-
-    trained = ("generator",)
+    """Group `generator` is trained, and what the objective has of its own; `target` tracks it where the objective asks; a teacher
+    and a distance's net are frozen.
+    """
 
     def __init__(self, config):
         check_windows(config)
@@ -43,6 +43,7 @@ class ConsistencyTask:
         self.model = build_generator(config)
         # The objective is built once here so that a config's mistakes show at once; LPIPS binds its weights per call.
         self.objective = self._objective(lambda a, b: jnp.zeros(a.shape[0]))
+        self.trained = ("generator", *self.objective.own)
         self._check(config)
         if not 0 <= config.label_dropped <= 1:
             raise ValueError(
@@ -122,7 +123,8 @@ class ConsistencyTask:
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
         """(trained groups, model state)."""
-        return {"generator": init_generator(self.model, self.config, key, levels=len(self.form.times))}, {}
+        generator = init_generator(self.model, self.config, key, levels=len(self.form.times))
+        return {"generator": generator} | self.objective.init(jax.random.fold_in(key, 1)), {}
 
     def loss(self, groups, model_state, batch, key: Key[Array, ""], step: Int[Array, ""]):
         """Mean loss of a batch {"image": uint8 NHWC, "label": [B], "row": [B]}: (loss, (model_state, metrics))."""
@@ -135,6 +137,7 @@ class ConsistencyTask:
         nets = {
             name: bind(groups[group], training=name != "teacher") for name, group in names.items() if group in groups
         }
+        nets |= self.objective.nets(groups)
         noise_key, net_key = jax.random.split(key)
         loss_B, metrics = self._objective(self._distance(groups), **more)(
             nets,

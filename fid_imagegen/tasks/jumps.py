@@ -34,8 +34,8 @@ class Jumps:
         stage: the task of its teacher and start.       shared: what their configs must agree in, beside the model.
         examples(groups, batch, keys_B): (x0, conditions to follow, those of nothing).
 
-    Its group and `guidance` are trained, what the stage trains beside it is kept (rate 0), `teacher` is frozen. The guidance
-    scale is an input, of which the teacher's is drawn for every image.
+    Its group, `guidance` and what the objective has of its own are trained, what the stage trains beside it is kept (rate 0),
+    `teacher` is frozen. The guidance scale is an input, of which the teacher's is drawn for every image.
     """
 
     def __init__(self, config):
@@ -45,7 +45,7 @@ class Jumps:
         self.objective = _objective(config)
         width = self.compressor_channels or self.text.width
         self.embedding = GuidanceEmbedding(width)
-        self.trained = (*self.trained, GUIDANCE)
+        self.trained = (*self.trained, GUIDANCE, *self.objective.own)
 
     @property
     def told_guidance(self) -> tuple[float, float]:
@@ -59,10 +59,10 @@ class Jumps:
         return {} if decay is None else {"target": (self.group, decay)}
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:
-        """The stage's own, and the embedding of the guidance scale."""
+        """The stage's own, the embedding of the guidance scale, and the objective's own."""
         params, stats = super().init(key)
         made = self.embedding.init(jax.random.fold_in(key, 1), jnp.ones(1))
-        return params | {GUIDANCE: made["params"]}, stats
+        return params | {GUIDANCE: made["params"]} | self.objective.init(jax.random.fold_in(key, 2)), stats
 
     def frozen(self) -> dict:
         """The stage's own, and the shapes of a teacher."""
@@ -88,7 +88,7 @@ class Jumps:
             name: functools.partial(self._guided if name == "teacher" else self._student, groups[group])
             for name, group in names.items()
             if group in groups
-        }
+        } | self.objective.nets(groups)
         loss_B, metrics = self.objective(nets, x0, cond, keys=loss_key, key=net_key, step=step)
         return jnp.mean(loss_B), (model_state, metrics)
 

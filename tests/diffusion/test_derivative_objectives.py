@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fid_imagegen.diffusion import objectives
@@ -211,6 +212,69 @@ def test_scts_teacher_says_which_way_the_path_goes():
     assert objective.needs_teacher and not build("sct").needs_teacher
     np.testing.assert_allclose(run(objective, some_net, x0, teacher=knows)[0], trained, rtol=1e-6)
     assert np.abs(run(objective, some_net, x0, teacher=errs)[0] / trained - 1).max() > 1e-3
+
+
+def weighed(cosines, x0, w=1.0):
+    """(loss [64], metrics) of a net of one weight, the weight of levels a cosine series; None: none is learned."""
+    objective = build("sct", weight_cosines=0 if cosines is None else len(cosines))
+    nets = {"student": lambda *args, key=None: w * some_net(*args)}
+    nets |= objective.nets({"level_weight": {"cosines": cosines}})
+    return objective(nets, x0, None, keys=KEYS, key=KEY, step=10**6)
+
+
+def test_scts_weight_of_levels_is_none_at_first():
+    objective, x0 = build("sct", weight_cosines=6), example_normal(KEYS, (2, 3, 2)) / 2
+    assert set(objective.own) == {"level_weight"} and build("sct").own == build("edm").own == {}
+    fresh = objective.init(KEY)["level_weight"]["cosines"]
+    assert fresh.shape == (6,)
+    np.testing.assert_array_equal(weighed(fresh, x0)[0], weighed(None, x0)[0])
+    assert set(weighed(fresh, x0)[1]) - set(weighed(None, x0)[1]) == {"level_weight", "unweighted"}
+
+
+def test_scts_weight_scales_the_students_gradient():
+    """By e^w of the image's level; what is taken from the loss is no business of the student."""
+    x0, cosines = example_normal(KEYS, (2, 3, 2)) / 2, jnp.asarray([0.7, -0.4, 0.2, 0.9, 0.0, -0.3])
+    w = sum(each * np.cos(2 * k * path(x0)[0]) for k, each in enumerate(np.asarray(cosines)))
+    (plain, _), (loss, metrics) = weighed(None, x0), weighed(cosines, x0)
+    np.testing.assert_allclose(loss, np.exp(w) * plain - w, rtol=1e-9)
+    slopes = [jax.jacrev(lambda v, c=c: weighed(c, x0, v)[0])(1.0) for c in (None, cosines)]
+    np.testing.assert_allclose(slopes[1], np.exp(w) * slopes[0], rtol=1e-9)
+    assert float(metrics["unweighted"]) == pytest.approx(plain.mean())
+    assert float(metrics["level_weight"]) == pytest.approx(w.mean())
+
+
+def test_scts_weight_learns_one_over_the_mean_loss_of_a_level():
+    """Where F is 0 and data are N(0, s^2), s = sigma_data, g is cos t times noise of deviation s: of D values its norm is s cos t
+    times a chi of D, and the mean loss of a level a mean over chi."""
+    levels, (chi, images) = (
+        {"log_mean": -0.7, "log_deviation": 0.7},
+        (np.random.default_rng(0).chisquare(12, 4000) ** 0.5, 2048),
+    )
+    keys, x0 = (jax.random.split(jax.random.key(seed), images) for seed in (3, 4))
+    x0, objective = 0.5 * example_normal(x0, (2, 3, 2)), build("sct", normaliser=1.0, weight_cosines=6, **levels)
+    still = answering(lambda x, sigma: x * per_image(jnp.cos(angle(sigma, NOISE)) ** 2), *FORMS["sct"])
+
+    def losses(own):
+        nets = {"student": still} | objective.nets(own)
+        return objective(nets, x0, None, keys=keys, key=KEY, step=10**6)[0]
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.3, 150))
+
+    def step(carry, _):
+        own, state = carry
+        updates, state = optimizer.update(jax.grad(lambda own: losses(own).mean())(own), state)
+        return (optax.apply_updates(own, updates), state), None
+
+    fresh = objective.init(KEY)
+    (learned, _), _ = jax.jit(lambda own: jax.lax.scan(step, (own, optimizer.init(own)), length=150))(fresh)
+    t = angle(lognormal_sigmas(jax.vmap(lambda k: jax.random.split(k, 2))(keys)[:, 0], -0.7, 0.7, NOISE), NOISE)
+    w, norm = np.asarray(objective.nets(learned)["level_weight"](t)), 0.5 * np.cos(t)[:, None] * chi
+    inside = (np.quantile(t, 0.02) < t) & (t < np.quantile(t, 0.98))
+    mean_loss = np.mean((norm / (norm + 1)) ** 2 / 12, axis=1)
+    np.testing.assert_allclose((np.exp(w) * mean_loss)[inside], 1, atol=0.1)
+    # So it is for the losses that were seen, at every level.
+    seen = np.exp(w) * np.asarray(jax.jit(losses)(fresh))
+    np.testing.assert_allclose([seen[i].mean() for i in np.array_split(np.argsort(t), 8)], 1, atol=0.05)
 
 
 def test_meanflow_draws_the_ends_of_jumps():

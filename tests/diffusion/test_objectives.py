@@ -212,6 +212,7 @@ def test_fields_of_another_objective_are_named():
         ("cd", {"mu": 1.0}, "mu=1.0, expected levels >= 2 and 0 <= mu < 1"),
         ("ect", {"stages": 0}, "found stages=0, q=2.0, expected stages >= 1 and q > 1"),
         ("ect", {"q": 1.0}, "q=1.0, expected stages >= 1 and q > 1"),
+        ("sct", {"weight_cosines": -1}, "found weight_cosines=-1, expected 0 or more terms"),
         ("meanflow", {"instant": 1.5}, "found instant=1.5, expected a share from 0 to 1"),
     ],
 )

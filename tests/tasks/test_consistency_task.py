@@ -104,6 +104,20 @@ def test_derivatives_go_through_the_generator(tiny_task, random_params, batch, n
     assert render(functions, 12, 9).shape == (2, 12, 9, 1)
 
 
+def test_a_group_of_the_objectives_own_learns_and_is_not_sampled(tiny_task, random_params, batch):
+    changes, own = DERIVATIVES["sct"], common.objective("sct", weight_cosines=3)
+    plain, task = tiny_task(changes), tiny_task(changes | {"objective": own})
+    assert (plain.trained, task.trained) == (("generator",), ("generator", "level_weight"))
+    key, params = jax.random.key(0), random_params(task)
+    jax.tree.map(np.testing.assert_array_equal, plain.init(key)[0], {"generator": task.init(key)[0]["generator"]})
+    run = lambda task: jax.jit(jax.grad(lambda p: task.loss(p, {}, batch, key, jnp.asarray(20_000))[0]))  # noqa: E731
+    gradient, zero = run(task)(params), {"cosines": jnp.zeros(3)}
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+    same, before = run(task)(params | {"level_weight": zero}), run(plain)({"generator": params["generator"]})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), same["generator"], before["generator"])
+    jax.eval_shape(lambda p: task.sample(p, key, jnp.arange(2)), {"generator": params["generator"]})
+
+
 UNSET = {f"model.{name}": None for name in ("function_width", "function_depth", "bands", "groups")}
 RIVALS = {
     "dit": {"model.network": "dit", "model.heads": 2, "model.depth": 2, "model.qk_norm": True},

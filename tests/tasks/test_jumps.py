@@ -59,6 +59,7 @@ def seen(task, every, batch):
         handed.update(nets=nets, x0=x0, cond=cond)
         return jnp.zeros(len(x0)), {}
 
+    objective.nets = task.objective.nets
     task.objective = objective
     task.loss(every, {}, batch, KEY, jnp.int32(3))
     return handed["nets"], handed["x0"], handed["cond"]
@@ -98,6 +99,17 @@ def test_the_loss_moves_the_student_and_what_tells_it_the_scale(stage, variant, 
     largest = {name: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree)) for name, tree in gradient.items()}
     assert all(np.isfinite(list(largest.values())))
     assert {name for name in largest if largest[name] > 0} == {task.group, "guidance"}
+
+
+def test_a_weight_of_levels_is_the_objectives_own(batch):
+    task, every = tasks.build(config(variant="continuous,weighted")), groups()
+    assert task.trained == (*tasks.build(config(variant="continuous")).trained, "level_weight")
+    fresh = jax.eval_shape(task.init, KEY)[0]["level_weight"]
+    own = {"level_weight": jax.tree.map(lambda x: jnp.ones(x.shape), fresh)}
+    run = lambda own: task.loss(every | own, {}, batch, KEY, jnp.int32(3))[0]  # noqa: E731
+    assert jax.eval_shape(jax.grad(run), own)["level_weight"]["cosines"].shape == (16,)
+    nets, *_ = seen(task, every | own, batch)
+    np.testing.assert_allclose(nets["level_weight"](jnp.zeros(2)), 16)
 
 
 @pytest.mark.parametrize("stage", ["stage_b", "stage_c"])

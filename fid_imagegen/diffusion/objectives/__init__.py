@@ -3,8 +3,8 @@
     objective(nets, x0, cond, *, keys, key, step) -> (loss [batch], metrics {name: scalar})
 
 `nets["student"]` receives gradients, `nets["target"]` is the tracked copy where the objective has one (`target_decay` is
-not None), `nets["teacher"]` a frozen denoiser where it needs one (`needs_teacher`). `keys` are one key an example (noise,
-levels); `key` is shared by student and target (dropout, jitter).
+not None), `nets["teacher"]` a frozen denoiser where it needs one (`needs_teacher`); groups that the objective itself trains are
+there by name (`own`). `keys` are one key an example (noise, levels); `key` is shared by student and target (dropout, jitter).
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
 """What every objective is given, what one may say of itself, and how two answers on one noisy path are compared."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Key
@@ -15,6 +17,13 @@ Levels = Float[Array, "batch"]
 
 
 STEEPEST_LEVEL = 16.0  # radians a unit of level, as much as Fourier features of scale 2.5
+
+
+class Own(NamedTuple):
+    """A group of parameters that an objective trains beside the network: init(key) makes it, apply(group, ...) is its net."""
+
+    init: Callable[[Key[Array, ""]], Any]
+    apply: Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +40,17 @@ class Objective:
     needs_teacher = False  # nets["teacher"], a frozen denoiser
     any_distance = True  # False: the square, by its mathematics
     differentiates_level = False  # networks whose embedding of the level is steep make its derivative noise
+    own = {}  # name: Own, of each group of its own
     sampler = "consistency"  # which of `samplers.SAMPLERS` makes images of what it trained
     sampling_steps = 1
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Its own groups."""
+        return {name: own.init(key) for name, own in self.own.items()}
+
+    def nets(self, groups: dict[str, Any]) -> dict[str, Callable[..., Array]]:
+        """Its own groups as it is given them, by name among the nets."""
+        return {name: functools.partial(own.apply, groups[name]) for name, own in self.own.items()}
 
     def f(self, net: Net, x: Images, sigma_B: Levels, cond: Array | None, *, key: Key[Array, ""] | None) -> Images:
         """The consistency function of a net."""

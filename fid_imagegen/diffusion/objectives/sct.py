@@ -9,10 +9,19 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fid_imagegen.diffusion.noise import lognormal_sigmas
-from fid_imagegen.diffusion.objectives.objective import Objective
+from fid_imagegen.diffusion.objectives.objective import Levels, Objective, Own
 from fid_imagegen.diffusion.preconditioning import angle, per_image
+
+WEIGHT = "level_weight"
+
+
+def cosine_series(group: dict[str, Float[Array, "cosines"]], t_B: Levels) -> Levels:
+    """w(t) = sum_k w_k cos 2kt: any smooth function of the times 0 to pi / 2, and linear in its parameters."""
+    order = jnp.arange(len(group["cosines"]))
+    return jnp.cos(2 * order * t_B[:, None]) @ group["cosines"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +29,10 @@ class ContinuousConsistencyTraining(Objective):
     """Tangents normalised and warmed up (Alg. 1); their distance is the square by its mathematics.
 
     warmup: steps over which the tangent's unstable half grows in. normaliser: c of g / (||g|| + c). distilled: the path's
-    direction is the teacher's (sCD), not that of the noise that was added (sCT).
-    Deviation: the learned weight of levels is left out; the normalised tangent leaves it little to weigh.
+    direction is the teacher's (sCD), not that of the noise that was added (sCT). weight_cosines: terms of the learned weight of
+    levels, in its group `level_weight`, w = 0 at first; 0: none. Where there is one, the loss is e^w(t) times itself less w(t)
+    (eq. 8): at its smallest e^w is one over the mean loss of the level, and every level weighs the same.
+    Deviation: the weight is a cosine series for the layer on random Fourier features of EDM2 (arXiv 2312.02696).
     """
 
     warmup: int = 10_000
@@ -29,16 +40,29 @@ class ContinuousConsistencyTraining(Objective):
     log_mean: float = -1.0
     log_deviation: float = 1.4
     distilled: bool = False
+    weight_cosines: int = 0
 
     any_distance = False
     differentiates_level = True
+
+    def __post_init__(self):
+        if self.weight_cosines < 0:
+            raise ValueError(
+                f"found weight_cosines={self.weight_cosines}, expected 0 or more terms; change config.objective"
+            )
 
     @property
     def needs_teacher(self):
         return self.distilled
 
+    @property
+    def own(self):
+        """The learned weight of levels."""
+        zeros = lambda key: {"cosines": jnp.zeros(self.weight_cosines)}  # noqa: E731
+        return {WEIGHT: Own(zeros, cosine_series)} if self.weight_cosines else {}
+
     def __call__(self, nets, x0, cond, *, keys, key, step):
-        """Loss per image: mean square of F - stop_gradient(F + g), g the normalised tangent."""
+        """Loss per image: mean square of F - stop_gradient(F + g), g the normalised tangent; weighed, if a weight is learned."""
         data = self.noise.sigma_data
         keys = jax.vmap(lambda k: jax.random.split(k, 2))(keys)
         t_B = angle(lognormal_sigmas(keys[:, 0], self.log_mean, self.log_deviation, self.noise), self.noise)
@@ -62,4 +86,9 @@ class ContinuousConsistencyTraining(Objective):
         norm = jnp.sqrt(jnp.sum(g**2, axis=(1, 2, 3), keepdims=True))
         wanted = jax.lax.stop_gradient(before + g / (norm + self.normaliser))
         loss = jnp.mean((before - wanted) ** 2, axis=(1, 2, 3))
-        return loss, {"tangent": jnp.mean(norm), "ramp": jnp.float32(ramp)}
+        metrics = {"tangent": jnp.mean(norm), "ramp": jnp.float32(ramp)}
+        if WEIGHT not in self.own:
+            return loss, metrics
+        weight = nets[WEIGHT](t_B)
+        metrics |= {"unweighted": jnp.mean(loss), WEIGHT: jnp.mean(weight)}
+        return jnp.exp(weight) * loss - weight, metrics
