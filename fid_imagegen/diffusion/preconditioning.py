@@ -21,7 +21,8 @@ from fid_imagegen.diffusion.noise import NoiseRange
 
 Sigma = Float[Array, "..."]
 Levels = Float[Array, "... K"]
-Net = Callable[..., Float[Array, "batch height width channels"]]
+Images = Float[Array, "batch height width channels"]
+Net = Callable[..., Images]
 SMALLEST_TIME = 0.05  # below it MeanFlow's velocity no longer grows with what its clean image is wrong by
 
 
@@ -131,3 +132,43 @@ def consistency_function(
     """f(x, sigma) in image units. `net(x, levels_BK, cond, key=)` gives the raw output on x's grid."""
     raw = net(per_image(form.c_in(sigma_B, noise)) * x, form.levels(sigma_B, noise), cond, key=key)
     return per_image(form.c_skip(sigma_B, noise)) * x + per_image(form.c_out(sigma_B, noise)) * raw
+
+
+def mean_velocity(
+    net: Net,
+    z: Images,
+    t_B: Float[Array, "batch"],
+    r_B: Float[Array, "batch"],
+    cond: Array | None,
+    *,
+    key: Key[Array, ""] | None,
+) -> Images:
+    """MeanFlow's u(z_t, r, t) = (z - G) / max(t, 0.05) over [r, t], G the clean image of a network that is told t and t - r."""
+    clean = net(z, jnp.stack([t_B, t_B - r_B], axis=-1), cond, key=key)
+    return (z - clean) / per_image(jnp.maximum(t_B, SMALLEST_TIME))
+
+
+def flow_map(
+    net: Net,
+    x: Images,
+    sigma_B: Float[Array, "batch"],
+    lower_B: Float[Array, "batch"],
+    cond: Array | None,
+    *,
+    key: Key[Array, ""] | None,
+    noise: NoiseRange,
+    form: Preconditioning,
+) -> Images:
+    """Where the path through a noisy image x is at a lower level: z_r = z_t - (t - r) u(z_t, r, t); f is that of level 0.
+
+    ValueError for a network that is not told both ends.
+    """
+    if form != PRECONDITIONINGS["mean_flow"]:
+        raise ValueError(
+            "found a network that is told one level, expected one of form 'mean_flow', told both ends of a jump; sample by "
+            "'consistency', or train with config.preconditioning='mean_flow'"
+        )
+    t_B, r_B = (flow_time(level_B, noise) for level_B in (sigma_B, lower_B))
+    z = per_image(form.c_in(sigma_B, noise)) * x
+    z = z - per_image(t_B - r_B) * mean_velocity(net, z, t_B, r_B, cond, key=key)
+    return z / per_image(form.c_in(lower_B, noise))

@@ -1,6 +1,7 @@
-"""Sampling from consistency functions (Song et al. 2023, Alg. 1), and from denoisers (EDM, Karras et al. 2022, Alg. 1).
+"""Sampling from consistency functions (Song et al. 2023, Alg. 1), from denoisers (EDM, Karras et al. 2022, Alg. 1), and along
+mean velocities (MeanFlow, Geng et al. 2025, arXiv 2505.13447).
 
-Both hand over the noisy image and level of the LAST evaluation, which is the caller's: it keeps the image function.
+All hand over the noisy image and level of the LAST evaluation, which is the caller's: it keeps the image function.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from fid_imagegen.diffusion.noise import NoiseRange, example_normal, karras_sigm
 from fid_imagegen.diffusion.preconditioning import per_image
 
 Images = Float[Array, "batch height width channels"]
-Denoise = Callable[[Images, Float[Array, "batch"]], Images]
+# f of (x, sigma); of (x, sigma, lower), which `flow_input` alone asks for, the point of x's path at the lower level.
+Denoise = Callable[..., Images]
 
 LAST_SIGMA = 0.821  # the second level of iCT's and ECT's two-step samples on CIFAR-10
 
@@ -86,4 +88,22 @@ def heun_input(
     return x, level(sigmas[-1])
 
 
-SAMPLERS = {"consistency": consistency_input, "heun": heun_input}
+def flow_input(
+    denoise: Denoise, keys: Key[Array, "batch"], shape: tuple[int, int, int], *, steps: int, noise: NoiseRange
+) -> tuple[Images, Float[Array, "batch"]]:
+    """As `consistency_input`, along the path without fresh noise: times t = sigma / (1 + sigma) evenly down to one step above 0.
+
+    `denoise(x, sigma, lower)` is the point of x's path at a lower level, for which a network must be told both ends.
+    """
+    if steps < 1:
+        raise ValueError(f"found {steps} sampling steps, expected at least 1")
+    left = 1 - np.arange(steps) / steps
+    sigmas = left * noise.sigma_max / (1 + (1 - left) * noise.sigma_max)
+    x = noise.sigma_max * example_normal(keys, shape)
+    level = lambda sigma: jnp.full(keys.shape, sigma, x.dtype)  # noqa: E731
+    for sigma, lower in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = denoise(x, level(sigma), level(lower))
+    return x, level(sigmas[-1])
+
+
+SAMPLERS = {"consistency": consistency_input, "flow": flow_input, "heun": heun_input}

@@ -11,7 +11,7 @@ from fid_imagegen.diffusion import editing, objectives
 from fid_imagegen.diffusion.distances import DISTANCES, Distance, unit_gradient
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
 from fid_imagegen.diffusion.objectives.objective import STEEPEST_LEVEL
-from fid_imagegen.diffusion.preconditioning import consistency_function, per_image, preconditioning
+from fid_imagegen.diffusion.preconditioning import consistency_function, flow_map, per_image, preconditioning
 from fid_imagegen.diffusion.samplers import SAMPLERS
 from fid_imagegen.interop.lpips import load_lpips
 from fid_imagegen.models.features.augmentation_net import feature_distance
@@ -196,11 +196,13 @@ class ConsistencyTask:
         net = self._net(params["generator"], training=False)
         common = {"key": None, "noise": self.noise, "form": self.form}
 
-        def denoise(x, sigma_B):
-            labelled = consistency_function(net, x, sigma_B, label_B, **common)
+        def denoise(*place):
+            # Of two levels the second is the jump's end. A jump is affine in its velocity: to guide one is to guide the other.
+            jump = functools.partial(consistency_function if len(place) == 2 else flow_map, net, *place, **common)
+            labelled = jump(label_B)
             if guidance is None:
                 return labelled
-            null = consistency_function(net, x, sigma_B, self._null(label_B), **common)
+            null = jump(self._null(label_B))
             return null + guidance * (labelled - null)
 
         return denoise

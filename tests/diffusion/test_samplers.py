@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fid_imagegen.diffusion.noise import NoiseRange
-from fid_imagegen.diffusion.samplers import consistency_input, heun_input, sampling_sigmas
+from fid_imagegen.diffusion.preconditioning import consistency_function, flow_map, per_image, preconditioning
+from fid_imagegen.diffusion.samplers import consistency_input, flow_input, heun_input, sampling_sigmas
 
 # A large sigma_min, so that sqrt(next^2 - min^2) is far from next.
 NOISE = NoiseRange(sigma_min=0.5, sigma_max=80.0)
@@ -68,3 +69,67 @@ def test_heun_goes_from_pure_noise_to_the_smallest_level():
     np.testing.assert_allclose(x, 0.3 + 0.5 * (start - 0.3) / 80, atol=1e-4)
     with pytest.raises(ValueError, match="found 0 sampling steps, expected at least 1"):
         heun_input(denoise, KEYS, SHAPE, steps=0, noise=NOISE)
+
+
+def gaussian_flow(x, levels_BK, cond, *, key):
+    """The clean image by which a network says the exact mean velocity of N(0, 0.3^2), whose paths grow as its deviation."""
+    t, r = levels_BK[:, 0], levels_BK[:, 0] - levels_BK[:, 1]
+    deviation = lambda t: jnp.sqrt((1 - t) ** 2 * 0.3**2 + t**2)  # noqa: E731
+    # Where nothing is left of the way the velocity is that of the place.
+    slope = (t - (1 - t) * 0.3**2) / deviation(t) ** 2
+    u = jnp.where(t > r, (1 - deviation(r) / deviation(t)) / jnp.where(t > r, t - r, 1), slope)
+    return x - per_image(jnp.maximum(t, 0.05) * u) * x
+
+
+def flow(form="mean_flow", net=gaussian_flow):
+    """denoise(x, sigma[, lower]) of a net."""
+    common = {"cond": None, "key": None, "noise": NOISE, "form": preconditioning(form)}
+    return lambda x, *levels: (flow_map if levels[1:] else consistency_function)(net, x, *levels, **common)
+
+
+@pytest.mark.parametrize(
+    "steps", [1, 2, 3, 7, 30]
+)  # the last of 30 is from below t = 0.05, where velocities are bounded
+def test_any_number_of_exact_mean_velocities_is_the_exact_flow(steps):
+    with jax.enable_x64(True):
+        start, _ = flow_input(None, KEYS, SHAPE, steps=1, noise=NOISE)
+        x, sigma = flow_input(flow(), KEYS, SHAPE, steps=steps, noise=NOISE)
+        t = 80 / 81 / steps
+        np.testing.assert_allclose(sigma, np.full(40, t / (1 - t)), rtol=1e-6)
+        end = start * 0.3 / np.sqrt(0.3**2 + 80**2)
+        np.testing.assert_allclose(flow()(x, sigma), end, rtol=1e-10)
+        # On the way too: the jump to a level is two jumps to it.
+        level = lambda value: jnp.full(40, value)  # noqa: E731
+        by_way = flow()(flow()(start, level(80.0), level(3.0)), level(3.0), level(0.1))
+        np.testing.assert_allclose(by_way, flow()(start, level(80.0), level(0.1)), rtol=1e-10)
+        np.testing.assert_allclose(flow()(start, level(80.0), level(0.0)), flow()(start, level(80.0)), rtol=1e-10)
+
+
+def test_one_step_along_a_flow_is_one_of_consistency():
+    flowed, jumped = (make(None, KEYS, SHAPE, steps=1, noise=NOISE) for make in (flow_input, consistency_input))
+    for found, expected in zip(flowed, jumped, strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+
+
+def test_steps_along_a_flow_are_even_in_time_and_without_noise():
+    asked = []
+
+    def denoise(x, sigma_B, lower_B):
+        asked.append((sigma_B, lower_B))
+        return 0.5 * x
+
+    x, sigma = flow_input(denoise, KEYS, SHAPE, steps=4, noise=NOISE)
+    time = lambda sigma: np.asarray(sigma / (1 + sigma))[0]  # noqa: E731
+    ends = 80 / 81 * np.asarray([1, 0.75, 0.5, 0.25])
+    found = [[time(level) for level in pair] for pair in asked]
+    np.testing.assert_allclose(found, np.stack([ends[:-1], ends[1:]], axis=1), rtol=1e-5)
+    assert time(sigma) == pytest.approx(ends[-1], rel=1e-5)
+    np.testing.assert_array_equal(x, flow_input(None, KEYS, SHAPE, steps=1, noise=NOISE)[0] / 8)
+
+
+def test_flows_that_cannot_be():
+    with pytest.raises(ValueError, match="found a network that is told one level, expected one of form 'mean_flow'"):
+        flow_input(flow("edm"), KEYS, SHAPE, steps=2, noise=NOISE)
+    with pytest.raises(ValueError, match="found 0 sampling steps, expected at least 1"):
+        flow_input(flow(), KEYS, SHAPE, steps=0, noise=NOISE)

@@ -11,7 +11,7 @@ import pytest
 from fid_imagegen.diffusion import objectives
 from fid_imagegen.diffusion.distances import l2, pseudo_huber
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
-from fid_imagegen.diffusion.preconditioning import consistency_function, preconditioning
+from fid_imagegen.diffusion.preconditioning import consistency_function, flow_map, preconditioning
 from fid_imagegen.diffusion.samplers import SAMPLERS
 
 NOISE = NoiseRange(sigma_max=20.0)
@@ -73,9 +73,8 @@ def trained(name):
 
 def samples(objective, params, sampler, steps):
     bound = functools.partial(net, params)
-    denoise = lambda x, sigma: consistency_function(  # noqa: E731
-        bound, x, sigma, None, key=None, noise=NOISE, form=objective.form
-    )
+    common = {"cond": None, "key": None, "noise": NOISE, "form": objective.form}
+    denoise = lambda x, *levels: (flow_map if levels[1:] else consistency_function)(bound, x, *levels, **common)  # noqa: E731
     keys = example_keys(jax.random.key(2), jnp.arange(1000))
     draw = jax.jit(lambda: denoise(*SAMPLERS[sampler](denoise, keys, (1, 1, 2), steps=steps, noise=NOISE)))
     return np.asarray(draw()).reshape(-1, 2)

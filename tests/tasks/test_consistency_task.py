@@ -212,6 +212,25 @@ def test_diffusion_samples_go_down_eighteen_levels(tiny_task, random_params):
     np.testing.assert_allclose(first.native.skip, 1, rtol=1e-5)  # of the last evaluation, at sigma_min
 
 
+def test_mean_flow_samples_go_down_its_own_path(tiny_task, random_params):
+    """Two steps: to the middle of the path by what the network says of that jump, guided as f is; the last is a function."""
+    task = tiny_task(DERIVATIVES["meanflow"] | {"model.num_classes": 3, "label_dropped": 0.1})
+    params, key, index = random_params(task), jax.random.key(0), jnp.arange(3)
+    draw = jax.jit(task.sample, static_argnames=("steps", "guidance"))
+    start, two, guided = (
+        draw(params, key, index, **asked) for asked in ({}, {"steps": 2}, {"steps": 2, "guidance": 2.0})
+    )
+    net, t, r = jax.jit(task._net(params["generator"], training=False)), 80 / 81, 40 / 81
+    z = start.native.noisy / 81
+    answers = [net(z, jnp.full((3, 2), jnp.asarray([t, t - r])), labels) for labels in (index, jnp.full(3, 3))]
+    there = [(z - (t - r) / t * (z - clean)) / (1 - r) for clean in answers]
+    np.testing.assert_allclose(two.native.noisy, there[0], atol=2e-5)
+    np.testing.assert_allclose(guided.native.noisy, there[1] + 2 * (there[0] - there[1]), atol=1e-4)
+    np.testing.assert_allclose(two.native.skip, 0, atol=1e-6)
+    last = net(two.native.noisy * (1 - r), jnp.full((3, 2), r), index)
+    np.testing.assert_allclose(render(two, 8, 8), last, atol=2e-5)
+
+
 def test_the_tracked_target_is_the_objectives(tiny_task, random_params, batch):
     assert tiny_task().tracked == {}
     task = tiny_task(CT)

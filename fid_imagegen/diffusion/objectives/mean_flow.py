@@ -12,12 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from fid_imagegen.diffusion.objectives.objective import Objective
-from fid_imagegen.diffusion.preconditioning import (
-    PRECONDITIONINGS,
-    SMALLEST_TIME,
-    flow_time,
-    per_image,
-)
+from fid_imagegen.diffusion.preconditioning import PRECONDITIONINGS, flow_time, mean_velocity, per_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +30,7 @@ class MeanFlow(Objective):
 
     any_distance = False
     differentiates_level = True
+    sampler = "flow"
 
     def __post_init__(self):
         if self.form != PRECONDITIONINGS["mean_flow"]:
@@ -61,12 +57,9 @@ class MeanFlow(Objective):
         (t_B, r_B), e = self.times(keys[:, 0]), self.draw(keys[:, 1], x0.shape[1:])
         z = per_image(1 - t_B) * x0 + per_image(t_B) * e
 
-        def mean_velocity(z, t_B, r_B):
-            clean = nets["student"](z, jnp.stack([t_B, t_B - r_B], axis=-1), cond, key=key)
-            return (z - clean) / per_image(jnp.maximum(t_B, SMALLEST_TIME))
-
-        tangent = jax.lax.stop_gradient(mean_velocity(z, t_B, t_B))
-        u, du_dt = jax.jvp(lambda z, t_B: mean_velocity(z, t_B, r_B), (z, t_B), (tangent, jnp.ones_like(t_B)))
+        over = lambda z, t_B, r_B: mean_velocity(nets["student"], z, t_B, r_B, cond, key=key)  # noqa: E731
+        tangent = jax.lax.stop_gradient(over(z, t_B, t_B))
+        u, du_dt = jax.jvp(lambda z, t_B: over(z, t_B, r_B), (z, t_B), (tangent, jnp.ones_like(t_B)))
         velocity = u + per_image(t_B - r_B) * jax.lax.stop_gradient(du_dt)
         error = jnp.sum((velocity - (e - x0)) ** 2, axis=(1, 2, 3))
         weight = jax.lax.stop_gradient((error + self.offset) ** -self.power)
