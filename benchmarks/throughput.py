@@ -53,7 +53,6 @@ def configure(generator: str, args: argparse.Namespace):
         config.model.preset = "adm_64"
         config.model.unet.update(UNETS[args.preset])
     config.data.image_size, config.batch_size = args.image_size, args.batch
-    config.sharding.rules = ((r".*", "fsdp"),)  # one device; the Transformers' rules fit no U-Net
     config.optimizers.generator = common.optimizer("adam", LEARNING_RATE)
     return config.lock()
 

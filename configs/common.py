@@ -33,10 +33,10 @@ OBJECTIVES = {
 # Of the small VGG whose features are the distance "augmentations".
 AUGMENTATION_WIDTHS = (32, 64, 128)
 
-# Attention and MLP kernels [L, in, out] are cut along the layer's inner axis by `tensor`, along the other by `fsdp`.
+# Kernels [L, in, out] of Transformers' attention and MLPs are cut along the layer's inner axis by `tensor`, the other by `fsdp`.
 RULES = (
-    (r"(query|key|value|gate|up)/kernel$", ("-", "fsdp", "tensor")),
-    (r"(out|down)/kernel$", ("-", "tensor", "fsdp")),
+    (r"(attention|mlp)/(query|key|value|gate|up)/kernel$", ("-", "fsdp", "tensor")),
+    (r"(attention|mlp)/(out|down)/kernel$", ("-", "tensor", "fsdp")),
     (r".*", "fsdp"),
 )
 
@@ -201,7 +201,8 @@ def runlocal(config: ConfigDict) -> ConfigDict:
     config.model.update({"width": 32, "heads": 2, "depth": 2, "extractor_depth": 1, "predictor_depth": 1})
     config.model.dtype = "float32"
     if config.model.network == "unet":
-        config.model.unet.update({"blocks": 1, "widths": (16, 16), "attention_levels": (1,)})
+        own = {"head_width": 16, "groups": 8} if config.model.preset == "adm_64" else {"stem": 16}
+        config.model.unet.update({"blocks": 1, "widths": (16, 16), "attention_levels": (1,), **own})
     else:
         config.model.preset = "tiny"
     if not (config.model.function or "").startswith(("local", "patch", "pixel")):

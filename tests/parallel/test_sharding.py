@@ -6,6 +6,7 @@ import pytest
 from absl import logging
 from jax.sharding import PartitionSpec
 
+from configs import common
 from fid_imagegen import tasks
 from fid_imagegen.parallel.mesh import make_mesh
 from fid_imagegen.parallel.sharding import path_name, resolve
@@ -21,6 +22,15 @@ TREE = {
 @pytest.fixture
 def mesh():
     return make_mesh(2, 2, 2)
+
+
+@pytest.fixture
+def absl_log(caplog):
+    logging.use_absl_handler()
+    logger = std_logging.getLogger("absl")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def specs(rules, mesh, tree=TREE, min_size=0):
@@ -61,22 +71,43 @@ def test_small_arrays_stay_whole(mesh):
     assert found["blocks/up/bias"] == found["bias"] == ()
 
 
-def test_a_dimension_that_does_not_divide_stays_whole_and_is_logged(mesh, caplog):
-    logging.use_absl_handler()
-    logger = std_logging.getLogger("absl")
-    logger.addHandler(caplog.handler)
+def test_a_dimension_that_does_not_divide_stays_whole_and_is_logged(mesh, absl_log):
     found = specs([(".*", ["tensor", "fsdp"])], mesh, {"odd": (3, 4)})
-    logger.removeHandler(caplog.handler)
     assert found == {"odd": (None, "fsdp")}
-    assert "params/odd (3, 4): dimension 0 does not divide over tensor; it stays whole" in caplog.text
+    assert "params/odd (3, 4): dimension 0 does not divide over tensor; it stays whole" in absl_log.text
+
+
+@pytest.mark.parametrize(
+    ("rules", "unused"),
+    [
+        ([("kernal", "fsdp"), ("nothing", "fsdp"), (".*", "fsdp")], "['kernal', 'nothing']"),
+        ([(".*", "fsdp"), ("kernel", "replicate")], "['kernel']"),  # never reached
+        ([(".*", "fsdp")], ""),
+    ],
+)
+def test_rules_that_match_nothing_are_logged(rules, unused, mesh, absl_log):
+    specs(rules, mesh)
+    assert ("match nothing" in absl_log.text) == bool(unused) and unused in absl_log.text
+
+
+@pytest.mark.parametrize(
+    ("network", "preset"), [("unet", "ncsnpp_32"), ("unet", "adm_64"), ("uvit", "tiny"), ("dit", "tiny")]
+)
+def test_every_network_lies_on_a_mesh_by_the_rules_of_the_configs(network, preset, mesh):
+    config = common.base()
+    config.model.update({"network": network, "preset": preset})
+    common.runlocal(config)
+    tree = jax.eval_shape(tasks.build(config).init, jax.random.key(0))[0]
+    shardings = resolve(config.sharding.rules, tree, mesh, min_size=0)
+    cut = {path_name(path): where.spec for path, where in jax.tree_util.tree_leaves_with_path(shardings)}
+    assert any("tensor" in spec for spec in cut.values()) == (network != "unet")
+    assert all("fsdp" in spec for name, spec in cut.items() if name.endswith("conv_out/kernel"))
 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
         ([("kernel", "fsdp")], "no sharding rule for params/bias, expected one to match"),
-        ([("kernal", "fsdp"), ("nothing", "fsdp"), (".*", "fsdp")], r"match nothing: \['kernal', 'nothing'\]"),
-        ([(".*", "fsdp"), ("kernel", "replicate")], r"match nothing: \['kernel'\]"),  # never reached
         ([("embed", ["-", "-", "fsdp", "fsdp"]), (".*", "fsdp")], "two dimensions on one mesh axis"),
         ([(".*", "zero")], "tactic 'zero' for params/bias, expected 'replicate', 'fsdp' or a list"),
         ([("embed", ["-", "-", "-", "model"]), (".*", "fsdp")], r"mesh axes \['model'\] in the rule for params/embed"),
