@@ -1,14 +1,20 @@
 """A group that an objective owns: sct's learned weight of levels in a whole run."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 from benchmarks import resume_campaign
 from configs import common
-from fid_imagegen import ImageFunctionPipeline, export
+from fid_imagegen import ImageFunctionPipeline
 from fid_imagegen.training import runs
 from fid_imagegen.training.loop import train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -35,7 +41,14 @@ def test_a_weight_is_trained_saved_and_resumed(weighted, tmp_path, stop_at):
     cosines = np.asarray(groups["level_weight"]["cosines"])
     assert cosines.shape == (16,) and 0 < cosines[0] < 0.061  # upwards, for the loss is below 1; Adam's steps of 0.01
     # What is shared is the generator, and it makes the same functions.
-    export.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    command = [
+        sys.executable,
+        "-m",
+        "fid_imagegen.export",
+        f"--workdir={tmp_path / 'run'}",
+        f"--out={tmp_path / 'out'}",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert set(runs.read_params(tmp_path / "out")[1]) == {"generator"}
     made = [ImageFunctionPipeline.from_pretrained(tmp_path / name).generate(2).functions for name in ("run", "out")]
     jax.tree.map(np.testing.assert_array_equal, *made)

@@ -149,6 +149,10 @@ def test_the_whole_is_its_parts(images, variables):
 def test_scan_unroll_and_remat_agree(variables):
     z = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
 
+    def close(a, b):
+        """A small entry of a gradient is a sum of terms as large as the largest: its last bits differ by processor."""
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * max(1.0, float(np.abs(b).max())))
+
     def gradients(**changes):
         model = PaellaVQ(**SMALL, **changes)
         loss = lambda variables: jnp.mean(model.apply(variables, z, method="decode"))  # noqa: E731
@@ -156,9 +160,7 @@ def test_scan_unroll_and_remat_agree(variables):
 
     expected = gradients()
     for changes in ({"unroll": True}, {"remat": True}):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients(**changes), expected
-        )
+        jax.tree.map(close, gradients(**changes), expected)
 
 
 def test_half_precision_computes_inside_alone(images, variables):
