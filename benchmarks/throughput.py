@@ -50,7 +50,7 @@ def configure(generator: str, args: argparse.Namespace):
     if generator == "unet":
         if args.preset not in UNETS:
             raise ValueError(f"found preset {args.preset!r} of unet, expected one of {sorted(UNETS)}; change --preset")
-        config.model.preset = "adm_64"
+        config.model.preset, config.sharding.rules = "adm_64", common.UNET_RULES
         config.model.unet.update(UNETS[args.preset])
     config.data.image_size, config.batch_size = args.image_size, args.batch
     config.optimizers.generator = common.optimizer("adam", LEARNING_RATE)

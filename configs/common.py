@@ -39,6 +39,7 @@ RULES = (
     (r"(attention|mlp)/(out|down)/kernel$", ("-", "tensor", "fsdp")),
     (r".*", "fsdp"),
 )
+UNET_RULES = ((r".*", "fsdp"),)  # for config.model.network="unet": it has none of the layers above
 
 
 def objective(name: str, **changes) -> ConfigDict:

@@ -30,6 +30,7 @@ def dit(config) -> None:
 def unet(config) -> None:
     """NCSN++ of 16 and 32 channels: 41 MFLOP an image and step, as the others."""
     config.model.update({"network": "unet", "preset": "ncsnpp_32"})
+    config.sharding.rules = common.UNET_RULES
     config.model.unet.update({"stem": 16, "widths": (16, 32), "blocks": 2, "attention_levels": (1,)})
 
 

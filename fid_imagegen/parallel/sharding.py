@@ -26,8 +26,8 @@ def path_name(path) -> str:
 def resolve(rules: Sequence[Rule], tree: Any, mesh: Mesh, *, min_size: int) -> Any:
     """The tree of `NamedSharding` of an abstract tree. Arrays below `min_size` elements are replicated.
 
-    Raises ValueError for an array no rule matches, an unknown tactic, and two dimensions on one mesh axis. Rules that match
-    nothing are logged: the U-Nets have none of the Transformers' layers.
+    Raises ValueError for an array no rule matches, a rule that matches no array, an unknown tactic, and two dimensions on one
+    mesh axis.
     """
     used = set()
 
@@ -44,9 +44,8 @@ def resolve(rules: Sequence[Rule], tree: Any, mesh: Mesh, *, min_size: int) -> A
     shardings = jax.tree_util.tree_map_with_path(sharding, tree)
     unused = [rules[number][0] for number in range(len(rules)) if number not in used]
     if unused:
-        logging.warning(
-            "sharding rules match nothing: %s. A network without such layers needs none; else correct config.sharding.rules",
-            unused,
+        raise ValueError(
+            f"found sharding rules that match nothing: {unused}; correct or remove them in config.sharding.rules"
         )
     return shardings
 
