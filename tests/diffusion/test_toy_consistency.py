@@ -89,8 +89,8 @@ def on_ring(x):
     [
         ("ect", 1),
         ("ect", 2),
-        ("cd", 1),
-        ("cd", 2),
+        pytest.param("cd", 1, marks=pytest.mark.slow),
+        pytest.param("cd", 2, marks=pytest.mark.slow),
         ("sct", 1),
         ("sct", 2),
         ("meanflow", 1),

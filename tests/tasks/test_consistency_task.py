@@ -100,7 +100,7 @@ def test_derivatives_go_through_the_generator(tiny_task, random_params, batch, n
     loss = lambda params: task.loss(params, {}, batch, jax.random.key(3), jnp.asarray(20_000))[0]  # noqa: E731
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value) and all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
-    functions = task.sample(params, jax.random.key(0), jnp.arange(2), steps=2)
+    functions = jax.jit(functools.partial(task.sample, steps=2))(params, jax.random.key(0), jnp.arange(2))
     assert render(functions, 12, 9).shape == (2, 12, 9, 1)
 
 
@@ -109,11 +109,13 @@ def test_a_group_of_the_objectives_own_learns_and_is_not_sampled(tiny_task, rand
     plain, task = tiny_task(changes), tiny_task(changes | {"objective": own})
     assert (plain.trained, task.trained) == (("generator",), ("generator", "level_weight"))
     key, params = jax.random.key(0), random_params(task)
-    jax.tree.map(np.testing.assert_array_equal, plain.init(key)[0], {"generator": task.init(key)[0]["generator"]})
+    fresh, with_own = (jax.jit(each.init)(key)[0] for each in (plain, task))
+    jax.tree.map(np.testing.assert_array_equal, fresh, {"generator": with_own["generator"]})
     run = lambda task: jax.jit(jax.grad(lambda p: task.loss(p, {}, batch, key, jnp.asarray(20_000))[0]))  # noqa: E731
-    gradient, zero = run(task)(params), {"cosines": jnp.zeros(3)}
+    descend, zero = run(task), {"cosines": jnp.zeros(3)}
+    gradient = descend(params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
-    same, before = run(task)(params | {"level_weight": zero}), run(plain)({"generator": params["generator"]})
+    same, before = descend(params | {"level_weight": zero}), run(plain)({"generator": params["generator"]})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), same["generator"], before["generator"])
     jax.eval_shape(lambda p: task.sample(p, key, jnp.arange(2)), {"generator": params["generator"]})
 
@@ -139,16 +141,17 @@ STYLED = RIVALS["dit"] | {"model.norm": "rms", "model.mlp": "swiglu", "model.rot
 
 
 @pytest.mark.parametrize("network", RIVALS)
-@pytest.mark.parametrize("objective", ["ect", "sct"])
+@pytest.mark.parametrize("objective", ["ect", pytest.param("sct", marks=pytest.mark.slow)])
 def test_every_network_goes_through_the_same_task(tiny_task, random_params, batch, network, objective):
     task = tiny_task(RIVALS[network] | (DERIVATIVES["sct"] if objective == "sct" else {}) | {"model.num_classes": 3})
     params = random_params(task)
     loss = lambda params: task.loss(params, {}, batch, jax.random.key(3), jnp.asarray(5))[0]  # noqa: E731
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    still = [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(gradient) if not x.any()]
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    still = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.any(leaf)]
     assert np.isfinite(value) and not still
     functions = jax.jit(functools.partial(task.sample, steps=2))(params, jax.random.key(0), jnp.arange(3))
-    labels, net = jnp.asarray([0, 1, 2]), task._net(params["generator"], training=False)
+    labels, net = jnp.asarray([0, 1, 2]), jax.jit(task._net(params["generator"], training=False))
     x, sigma = functions.native.noisy, jnp.full(3, 0.821)
     f = consistency_function(net, x, sigma, labels, key=None, noise=task.noise, form=task.form)
     np.testing.assert_allclose(render(functions, 8, 8), f, atol=2e-5)
@@ -188,8 +191,7 @@ def test_each_objective_runs_on_each_network(tiny_task, batch, network, objectiv
     params = jax.eval_shape(lambda: task.init(jax.random.key(0))[0])
     others = dict.fromkeys((*task.tracked, *task.frozen()), params["generator"])
     run = lambda params, others: task.loss(params | others, {}, batch, jax.random.key(0), jnp.int32(3))[0]  # noqa: E731
-    gradient = jax.eval_shape(jax.grad(run), params, others)
-    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    assert jax.eval_shape(run, params, others).shape == ()
     draw = functools.partial(task.sample, steps=2, guidance=2.0)
     made = jax.eval_shape(draw, params, jax.random.key(0), jnp.arange(4))
     assert made.native.noisy.shape == (4, 8, 8, 1)
@@ -206,7 +208,8 @@ def test_a_network_has_the_style_of_its_config(tiny_task, network):
 def test_diffusion_samples_go_down_eighteen_levels(tiny_task, random_params):
     task = tiny_task({"objective": common.objective("edm"), "distance": "l2"})
     params, key = random_params(task), jax.random.key(0)
-    first, again, fewer = (task.sample(params, key, jnp.arange(2), steps=steps) for steps in (None, 18, 3))
+    draw = lambda steps: jax.jit(functools.partial(task.sample, steps=steps))(params, key, jnp.arange(2))  # noqa: E731
+    first, again, fewer = draw(None), draw(18), draw(3)
     np.testing.assert_array_equal(first.native.noisy, again.native.noisy)
     assert np.abs(first.native.noisy - fewer.native.noisy).max() > 1e-3
     np.testing.assert_allclose(first.native.skip, 1, rtol=1e-5)  # of the last evaluation, at sigma_min
@@ -291,7 +294,8 @@ def test_an_edit_is_the_last_answer_to_the_noisy_known(task, net, params):
     keys = example_keys(jax.random.key(5), index)
     x, sigma = editing.edit_input(denoise, known, project, keys, steps=3, noise=task.noise)
     expected = editing.replaced(denoise(x, sigma), known, project)
-    edited = task.edit(params, jax.random.key(5), index, known, project, steps=3, label_B=labels)
+    edit = jax.jit(functools.partial(task.edit, project=project, steps=3))
+    edited = edit(params, jax.random.key(5), index, known, label_B=labels)
     np.testing.assert_allclose(render(edited, 8, 8), expected, atol=2e-5)
 
 

@@ -1,5 +1,7 @@
 """Functions held to images of another size than the grid of their noise."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,7 @@ def test_values_are_those_of_a_render(tiny_task, random_params, integrated):
     task = tiny_task(LARGE | {"model.integrated": integrated})
     params = random_params(task)
     windows = Windows(grid=8, size=16, window=6, corner_2=jnp.asarray([3, 9]))
-    functions = task.sample(params, jax.random.key(1), jnp.arange(2)).replace(native=None)
+    functions = jax.jit(task.sample)(params, jax.random.key(1), jnp.arange(2)).replace(native=None)
     found = windows.render(functions, chunk=4096)
     np.testing.assert_allclose(found[:, :64, 0].reshape(2, 8, 8, 1), render(functions, 8, 8), atol=1e-5)
     np.testing.assert_allclose(found[:, 64:, 0].reshape(2, 6, 6, 1), render(functions, 16, 16)[:, 3:9, 9:15], atol=1e-5)
@@ -129,7 +131,7 @@ def test_functions_are_made_for_the_grid(tiny_task):
 
 def test_samples_have_the_grids_noise_and_any_size(tiny_task, random_params):
     task = tiny_task(LARGE)
-    functions = task.sample(random_params(task), jax.random.key(0), jnp.arange(2), steps=2)
+    functions = jax.jit(functools.partial(task.sample, steps=2))(random_params(task), jax.random.key(0), jnp.arange(2))
     assert functions.grid == (8, 8) and functions.native.noisy.shape == (2, 8, 8, 1)
     assert render(functions, 16, 16).shape == (2, 16, 16, 1)
     # Noise finer than the image, as the paper's Table 4, is the same the other way round.

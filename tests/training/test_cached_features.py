@@ -171,7 +171,7 @@ def descended(run, params):
     losses = []
     for number, batch in enumerate(first(run, STEPS)):
         value, gradient = step(params, batch, number)
-        params = jax.tree.map(lambda x, g: x - 0.1 * g, params, gradient)
+        params = jax.tree.map(lambda x, g: x - 0.1 * np.asarray(g), params, gradient)
         losses.append(float(value))
     return losses, params
 

@@ -33,7 +33,7 @@ def test_a_student_starts_as_its_teacher_and_leaves_it_alone(devices, tiny, teac
     _, ours = runs.read_params(workdir)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), ours["generator"], theirs["generator"])
     assert max(jax.tree.leaves(moved)) > 1e-4
-    functions = tasks.build(config).sample(ours, jax.random.key(0), np.arange(2))
+    functions = jax.jit(tasks.build(config).sample)(ours, jax.random.key(0), np.arange(2))
     assert functions.native.noisy.shape == (2, 4, 4, 1)
 
 
