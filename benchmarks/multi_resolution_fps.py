@@ -34,7 +34,7 @@ from fid_imagegen.pipelines import ImageFunctionPipeline, RenderableFunctions
 from fid_imagegen.tasks.generator import render_native
 
 SIZES, LARGE, GRID = (32, 64, 128), (256, 512), 64
-GENERATORS = ("function_5x256", "function_5x64", "dit", "uvit", "unet")
+GENERATORS = ("function_5x256", "function_5x64", "function_pixel128", "dit", "uvit", "unet")
 STEMS = {"tiny": 32, "S": 128}  # of the U-Net: tiny is a quarter as wide
 
 

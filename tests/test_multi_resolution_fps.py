@@ -73,7 +73,9 @@ def test_networks_are_the_presets_at_every_size(generator):
             assert count == {32: 55_732_739, 64: 61_804_419}.get(size, 0)
         else:
             assert (model.preset, size // model.patch) == ("S", 16)
-        if generator.startswith("function"):
+        if generator == "function_pixel128":
+            assert (task.model.kind.values, task.model.kind.width) == (32, 128)
+        elif generator.startswith("function"):
             assert f"function_{task.model.kind.depth}x{task.model.kind.width}" == generator
 
 
