@@ -1,6 +1,7 @@
 """Scores every work unit of a study and sets its arms side by side.
 
     python -m benchmarks.study --experiment runs/generators [--features pixels]
+    python -m benchmarks.study --experiment runs/faces --features resnet56 --weights cifar10_resnet56.npz --resize 32
 
 An arm is all work units that differ in nothing but `seed`. Of each: the Fréchet distance of samples to held-out images on named
 features, and for digits the share that a judge is sure of. Two arms whose means are closer than the larger of their seeds'
@@ -11,13 +12,16 @@ import argparse
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from fid_imagegen.data import sources
 from fid_imagegen.evaluation.digits import DigitJudge
-from fid_imagegen.evaluation.features import FEATURES
+from fid_imagegen.evaluation.features import FEATURES, Extract
 from fid_imagegen.evaluation.generation import frechet_report, native_samples
+from fid_imagegen.models.rendering import quantise
 from fid_imagegen.pipelines import ImageFunctionPipeline
+from fid_imagegen.tasks.generator import to_float
 
 JUDGED = 1000
 
@@ -31,6 +35,16 @@ def score(folder: Path, extract, *, steps: int | None) -> dict[str, float]:
     if data.source == "digits":
         found["judged"] = DigitJudge(data).judge(native_samples(pipe, JUDGED, steps=steps))["confident"]
     return found
+
+
+def resized(extract: Extract, size: int) -> Extract:
+    """Features of images brought to size x size by cubics, the same for real ones and samples."""
+
+    def of_resized(images):
+        shape = (len(images), size, size, images.shape[-1])
+        return extract(np.asarray(quantise(jax.image.resize(to_float(images), shape, "cubic"))))
+
+    return of_resized
 
 
 def arms(units: list[dict]) -> dict[str, list[dict]]:
@@ -84,9 +98,12 @@ def main():
     parser.add_argument("--experiment", type=Path, required=True, help="ROOT/EXPERIMENT of launch.run")
     parser.add_argument("--features", default="pixels", choices=sorted(FEATURES))
     parser.add_argument("--weights", help="of the features, where they need any")
+    parser.add_argument("--resize", type=int, help="pixels a side that images are resized to before features are taken")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the objective's")
     args = parser.parse_args()
     extract = FEATURES[args.features](*([args.weights] if args.weights else []))
+    if args.resize:
+        extract = resized(extract, args.resize)
     units = []
     for path in sorted(args.experiment.glob("*/manifest.json")):
         found = score(path.parent, extract, steps=args.steps)
@@ -103,7 +120,7 @@ def main():
     for name, found in table.items():
         found["against_best"] = "decided" if decided(found["frechet"], table[best]["frechet"]) else "undecided"
         print(_short(name), json.dumps(found))
-    report = {"features": args.features, "steps": args.steps, "arms": table, "units": units}
+    report = {"features": args.features, "resize": args.resize, "steps": args.steps, "arms": table, "units": units}
     (args.experiment / "study.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(grouped, "frechet", args.experiment / "study.png")
 

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import study
@@ -70,3 +71,12 @@ def test_an_experiment_that_is_not_there_is_named(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit):
         study.main()
     assert "found no work units in" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_images_are_resized_before_their_features_are_taken():
+    """One grey level stays, a step between two keeps its sides; real images and samples go through the same function."""
+    images = np.full((2, 4, 4, 3), 40, np.uint8)
+    images[1, :, 2:] = 200
+    plain, step = study.resized(lambda x: x, 8)(images)
+    assert plain.shape == (8, 8, 3) and plain.dtype == np.uint8 and (plain == 40).all()
+    assert abs(int(step[0, 0, 0]) - 40) <= 8 and abs(int(step[0, 7, 0]) - 200) <= 8
