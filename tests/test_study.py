@@ -73,10 +73,19 @@ def test_an_experiment_that_is_not_there_is_named(tmp_path, monkeypatch, capsys)
     assert "found no work units in" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_images_are_resized_before_their_features_are_taken():
-    """One grey level stays, a step between two keeps its sides; real images and samples go through the same function."""
-    images = np.full((2, 4, 4, 3), 40, np.uint8)
+def test_images_are_resized_before_their_features_are_taken(tmp_path, monkeypatch):
+    """One grey level stays, a step between two keeps its sides."""
+    (tmp_path / "unit").mkdir()
+    (tmp_path / "unit" / "manifest.json").write_text('{"overrides": {"seed": 0}}')
+    images, seen = np.full((2, 4, 4, 3), 40, np.uint8), []
     images[1, :, 2:] = 200
-    plain, step = study.resized(lambda x: x, 8)(images)
+    monkeypatch.setitem(study.FEATURES, "pixels", lambda: lambda x: seen.append(x))
+    monkeypatch.setattr(study, "score", lambda folder, extract, *, steps: extract(images) or {"frechet": 1.0})
+    for asked in ([], ["--resize=8"]):
+        monkeypatch.setattr("sys.argv", ["study", f"--experiment={tmp_path}", *asked])
+        study.main()
+    as_it_was, (plain, step) = seen
+    np.testing.assert_array_equal(as_it_was, images)
     assert plain.shape == (8, 8, 3) and plain.dtype == np.uint8 and (plain == 40).all()
     assert abs(int(step[0, 0, 0]) - 40) <= 8 and abs(int(step[0, 7, 0]) - 200) <= 8
+    assert json.loads((tmp_path / "study.json").read_text())["resize"] == 8
