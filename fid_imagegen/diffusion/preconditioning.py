@@ -62,6 +62,14 @@ def _blend_out(sigma: Sigma, noise: NoiseRange) -> Sigma:
     return (sigma - noise.sigma_min) ** 2 / ((sigma - noise.sigma_min) ** 2 + noise.sigma_data**2)
 
 
+def _circle_skip(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    return noise.sigma_data**2 / (sigma**2 + noise.sigma_data**2)
+
+
+def _circle_out(sigma: Sigma, noise: NoiseRange) -> Sigma:
+    return noise.sigma_data * sigma / jnp.sqrt(sigma**2 + noise.sigma_data**2)
+
+
 def _flow_in(sigma: Sigma, noise: NoiseRange) -> Sigma:
     del noise
     return 1 / (1 + sigma)
@@ -99,6 +107,9 @@ PRECONDITIONINGS = {
     # Its network is told t and t - r, the length of the jump: to r = 0 both are t.
     "mean_flow": Preconditioning(_flow_skip, _flow_out, lambda noise: 1.0, c_in=_flow_in, times=(flow_time, flow_time)),
 }
+# F is minus the velocity of a diffusion model on the cosine path, f = cos u x_u + sin u F: `edm` whose boundary is sigma = 0. Not
+# in the table, for images want f(x, sigma_min) = x.
+TRIGFLOW = Preconditioning(_circle_skip, _circle_out, clean_scale=lambda noise: noise.sigma_data, times=(angle,))
 TIMES = {"log": c_noise, "angle": angle}
 
 

@@ -1,7 +1,8 @@
 """Stages B and C in one to four steps: distilled, or tuned, into consistency functions on their own path.
 
 The cosine path is TrigFlow's for latents of unit deviation: x_t = cos u x0 + sin u eps with cos^2 u = alpha_bar(t), and minus the
-velocity is EDM's raw output. So every objective of images does for latents; a trained stage of form `v` is teacher and start.
+velocity is the raw output F of f = cos u x_t + sin u F. So every objective of images does for latents; a trained stage of form
+`v` is teacher and start.
 """
 
 import functools
@@ -15,7 +16,7 @@ from fid_imagegen.diffusion import cosine, guidance, objectives
 from fid_imagegen.diffusion.distances import DISTANCES
 from fid_imagegen.diffusion.noise import NoiseRange, example_keys
 from fid_imagegen.diffusion.objectives.objective import STEEPEST_LEVEL
-from fid_imagegen.diffusion.preconditioning import per_image, preconditioning
+from fid_imagegen.diffusion.preconditioning import TRIGFLOW, per_image
 from fid_imagegen.models.wuerstchen.guidance import GuidanceEmbedding
 from fid_imagegen.tasks.latent import chance, split, unit
 from fid_imagegen.tasks.stage_b import StageBTask
@@ -193,7 +194,7 @@ def _check_form(config):
 def _objective(config):
     """The objective of a config on the cosine path. ValueError for one that cannot be."""
     fields = dict(config.objective)
-    common = {"noise": NOISE, "form": preconditioning("edm", "angle"), "num_steps": config.num_steps}
+    common = {"noise": NOISE, "form": TRIGFLOW, "num_steps": config.num_steps}
     name = fields.pop("name")
     objective = objectives.build(name, distance=DISTANCES[config.distance], **common, **fields)
     if objective.sampler != "consistency":
