@@ -46,12 +46,15 @@ def test_edits_keep_what_is_known_and_nothing_else(pipe, edit, settings):
             render(pipe.edit(hidden, edit, steps=3, **settings).functions, 8, 8), values, atol=1e-5
         )
     assert edited.render(20, 31).shape == (2, 20, 31, 3)
+    assert edited.functions.native.out.min() > 0.5  # at the training size f is the function and not the noisy pixels
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"images": PIXELS[:, :4]}, r"found images uint8 \(2, 4, 8, 3\), expected uint8 \[batch, 8, 8, 3\]"),
+        ({"images": PIXELS[:0]}, r"found images uint8 \(0, 8, 8, 3\)"),
+        ({"images": [[0.5]]}, r"found images float64 \(1, 1\)"),
         ({"edit": "sharpen"}, "found edit 'sharpen', expected one of .*'inpaint'"),
         ({"mask": None}, "found neither mask nor factor for 'inpaint', expected a mask"),
         ({"factor": 2}, "found a mask and a factor for 'inpaint', expected a mask"),

@@ -12,8 +12,8 @@ import numpy as np
 from einops import reduce, repeat
 from jaxtyping import Array, Float, Key
 
-from fid_imagegen.diffusion.noise import NoiseRange, example_normal, karras_sigma
-from fid_imagegen.diffusion.samplers import Denoise, Images
+from fid_imagegen.diffusion.noise import NoiseRange, example_normal
+from fid_imagegen.diffusion.samplers import Denoise, Images, sampling_sigmas
 
 Projection = Callable[[Images], Images]
 LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)  # ITU-R BT.601, as in the paper
@@ -48,13 +48,13 @@ def replaced(x: Images, known: Images, project: Projection) -> Images:
 def edit_input(
     denoise: Denoise, known: Images, project: Projection, keys: Key[Array, "batch"], *, steps: int, noise: NoiseRange
 ) -> tuple[Images, Float[Array, "batch"]]:
-    """The noisy image and level of the LAST evaluation of an edit, down `steps` levels of a Karras grid above sigma_min.
+    """The noisy image and level of the LAST evaluation of an edit, down the levels of a sample of as many steps.
+
+    The paper goes on down to sigma_min, where f is x: pixels, of which no image function is left.
 
     known: the projection of the image; the rest of it is not looked at.
     """
-    if steps < 1:
-        raise ValueError(f"found {steps} editing steps, expected at least 1")
-    sigmas = karras_sigma(jnp.arange(steps, dtype=jnp.float32), jnp.int32(steps + 1), noise)
+    sigmas = jnp.asarray(sampling_sigmas(steps, noise), jnp.float32)
     level = lambda sigma: jnp.full((known.shape[0],), sigma)  # noqa: E731
     fresh = lambda step: example_normal(jax.vmap(lambda key: jax.random.fold_in(key, step))(keys), known.shape[1:])  # noqa: E731
 

@@ -34,10 +34,10 @@ def karras_sigma(index: Float[Array, "..."], count: Int[Array, ""], noise: Noise
     return (high + index / (count - 1) * (low - high)) ** RHO
 
 
-def check_levels(s0: int, s1: int) -> None:
-    """Raises ValueError unless a schedule of levels grows from s0 >= 1 to s1."""
-    if not 1 <= s0 <= s1:
-        raise ValueError(f"found s0={s0}, s1={s1}, expected 1 <= s0 <= s1; change config.objective")
+def check_levels(s0: int, s1: int, *, least: int) -> None:
+    """Raises ValueError unless a schedule of levels grows from s0 >= least to s1."""
+    if not least <= s0 <= s1:
+        raise ValueError(f"found s0={s0}, s1={s1}, expected {least} <= s0 <= s1; change config.objective")
 
 
 def ct_levels(step: Int[Array, ""], num_steps: int, s0: int, s1: int) -> Int[Array, ""]:

@@ -1,7 +1,8 @@
 """Sampling from consistency functions (Song et al. 2023, Alg. 1), from denoisers (EDM, Karras et al. 2022, Alg. 1), and along
 mean velocities (MeanFlow, Geng et al. 2025, arXiv 2505.13447).
 
-All hand over the noisy image and level of the LAST evaluation, which is the caller's: it keeps the image function.
+All hand over the noisy image and level of the LAST evaluation, which is the caller's: it keeps the image function. EDM's is at
+sigma_min, where f is x and nothing is left of the function: a diffusion sample is pixels, at other sizes interpolated.
 """
 
 from collections.abc import Callable
@@ -25,11 +26,14 @@ def sampling_sigmas(steps: int, noise: NoiseRange) -> np.ndarray:
     """Levels of a `steps`-step sample: sigma_max alone, or log-spaced from sigma_max down to 0.821."""
     if steps < 1:
         raise ValueError(f"found {steps} sampling steps, expected at least 1")
-    return (
-        np.geomspace(noise.sigma_max, min(LAST_SIGMA, noise.sigma_max), steps)
-        if steps > 1
-        else np.array([noise.sigma_max])
-    )
+    if steps == 1:
+        return np.array([noise.sigma_max])
+    if noise.sigma_min >= LAST_SIGMA:
+        raise ValueError(
+            f"found {steps} sampling steps and sigma_min {noise.sigma_min}, expected one below the last level, {LAST_SIGMA}; "
+            "take one step"
+        )
+    return np.geomspace(noise.sigma_max, min(LAST_SIGMA, noise.sigma_max), steps)
 
 
 def consistency_input(

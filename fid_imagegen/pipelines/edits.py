@@ -9,7 +9,7 @@ EDITS = {"inpaint": "a mask", "colourise": "neither mask nor factor", "super_res
 
 def check(images: np.ndarray, edit: str, size: int, channels: int, *, mask=None, factor: int | None = None) -> None:
     """Raises ValueError for what cannot be asked of a generator of `size` pixels a side."""
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels):
+    if images.dtype != np.uint8 or images.shape[1:] != (size, size, channels) or not len(images):
         raise ValueError(
             f"found images {images.dtype} {images.shape}, expected uint8 [batch, {size}, {size}, {channels}]; resize them to the "
             "training size"

@@ -134,9 +134,11 @@ class ImageFunctionPipeline:
     ) -> RenderableFunctions:
         """`num` image functions. Function i depends on (seed, i) alone: generating more repeats the first ones.
 
-        steps: of the sampler; default: 1, for a diffusion model 18 of Heun. labels: one class an image where the generator has
-        classes (default: all in turn). guidance: scale of classifier-free guidance, where labels were dropped in training; it
-        takes two evaluations a step. Raises ValueError for counts below 1, wrong labels, and what a generator cannot do.
+        steps: of the sampler; default: 1, for a diffusion model 18 of Heun, whose samples are pixels and not functions: at other
+        sizes they are interpolated. labels: one class an image where the generator has classes (default: all in turn).
+        guidance: scale of classifier-free guidance, where labels were dropped in training; it takes two evaluations a step.
+
+        Raises ValueError for counts below 1, wrong labels, and what a generator cannot do.
         """
         if not 1 <= num <= MAX_NUM:
             raise ValueError(f"found num={num}, expected 1 to {MAX_NUM:,}")
@@ -173,7 +175,7 @@ class ImageFunctionPipeline:
             raise ValueError(
                 f"found a run of task {self.config.task!r}, expected a generator: train the consistency task"
             )
-        size, channels = grid_size(self.config), self.config.data.channels
+        images, size, channels = np.asarray(images), grid_size(self.config), self.config.data.channels
         edits.check(images, edit, size, channels, mask=mask, factor=factor)
         labels = self._check_labels(len(images), labels)
         mask = None if mask is None else jnp.asarray(mask, jnp.float32)

@@ -1,8 +1,13 @@
-"""What the run of a frozen group must have in common with the run that borrows it."""
+"""What a run whose weights another one reads must have in common with it."""
 
-# Group -> (what it is, what must be shared, what to do). A student asks its teacher about its own noisy images at its own levels,
-# and reads its weights with its own network: heads, level_scale, weight_update, norm and rotary show in no shape.
+# Group -> (what it is, what must be shared, what to do). Heads, level_scale, weight_update, norm and rotary show in no shape; a
+# student also asks its teacher about its own noisy images at its own levels.
 SHARED = {
+    "generator": (
+        "a generator",
+        ("data.channels", "noise.sigma_data", "preconditioning", "time", "model."),
+        "start from another with config.init.generator, or change this config",
+    ),
     "teacher": (
         "a teacher",
         ("data.image_size", "grid", "data.channels", "noise.", "preconditioning", "time", "model."),

@@ -117,8 +117,8 @@ class ConsistencyTask:
 
     @property
     def borrowed(self) -> dict:
-        """Groups that are another group of the run they come from: name -> (its name there, check of that run's config)."""
-        names = {"teacher": "generator", "augmentation_net": "augmentation_net"}
+        """Groups that another run trained: name -> (its name there, check of that run's config)."""
+        names = {"generator": "generator", "teacher": "generator", "augmentation_net": "augmentation_net"}
         return {group: (name, functools.partial(check_shared, group, self.config)) for group, name in names.items()}
 
     def init(self, key: Key[Array, ""]) -> tuple[dict, dict]:

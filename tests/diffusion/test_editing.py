@@ -40,7 +40,7 @@ def test_what_is_known():
 
 
 def test_every_step_sees_the_known_part_under_its_noise():
-    seen, noise = [], NoiseRange(sigma_min=1.0, sigma_max=8.0)  # sqrt(level^2 - min^2) is far from the level
+    seen, noise = [], NoiseRange(sigma_min=0.7, sigma_max=8.0)  # sqrt(level^2 - min^2) is far from the level
 
     def denoise(x, sigma):
         jax.debug.callback(lambda x, sigma: seen.append((x, sigma)), x, sigma, ordered=True)
@@ -55,13 +55,13 @@ def test_every_step_sees_the_known_part_under_its_noise():
     jax.effects_barrier()
     levels = [float(s[0]) for _, s in seen] + [float(sigma[0])]
     assert len(levels) == 4 and levels == sorted(levels, reverse=True) and levels[0] == pytest.approx(8)
-    assert levels[-1] > 1.3
+    assert levels[-1] == pytest.approx(0.821)  # where the image function still is most of f
     inside, added = np.tile(MASK, (8, 8))[None, :, :, None] == 1, []
     for number, (noisy, level) in enumerate(zip([*(noisy for noisy, _ in seen), x], levels, strict=True)):
         # At the start nothing stands where nothing is known.
         left = np.asarray(noisy) - np.asarray(many) - np.where(inside | (number == 0), 0, 9)
         assert left.mean() == pytest.approx(0, abs=0.01 * level)
-        assert left.std() == pytest.approx((level**2 - (number > 0)) ** 0.5, rel=0.005)
+        assert left.std() == pytest.approx((level**2 - 0.49 * (number > 0)) ** 0.5, rel=0.005)
         assert np.mean(left * many) == pytest.approx(0, abs=0.005 * level)  # it is on the known part, and on all of it
         added.append(left.ravel())
     assert np.abs(np.corrcoef(added) - np.eye(4)).max() < 0.01  # fresh at every step
@@ -78,5 +78,5 @@ def test_an_edit_depends_on_its_own_key():
 def test_one_step_is_of_pure_noise():
     x, sigma = editing.edit_input(lambda x, sigma: x, 0 * X, PROJECTIONS["inpainting"], KEYS, steps=1, noise=NOISE)
     assert float(sigma[0]) == pytest.approx(80) and float(x.std()) == pytest.approx(80, rel=0.2)
-    with pytest.raises(ValueError, match="found 0 editing steps"):
+    with pytest.raises(ValueError, match="found 0 sampling steps"):
         editing.edit_input(None, X, PROJECTIONS["inpainting"], KEYS, steps=0, noise=NOISE)

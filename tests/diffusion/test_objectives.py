@@ -157,8 +157,17 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("name", ["ct", "ict"])
 def test_a_schedule_that_ends_below_its_start_is_refused(name):
-    with pytest.raises(ValueError, match="found s0=10, s1=5, expected 1 <= s0 <= s1"):
+    with pytest.raises(ValueError, match="found s0=10, s1=5, expected [12] <= s0 <= s1"):
         build(name, s0=10, s1=5)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [({"s0": 1}, "found s0=1, s1=150, expected 2 <= s0"), ({"mu0": 1.5}, "found mu0=1.5, expected 0 <")],
+)
+def test_ct_asks_for_a_pair_and_for_a_decay(field, message):
+    with pytest.raises(ValueError, match=message):
+        build("ct", **field)
 
 
 T = jnp.asarray([0.01, 0.1, 1.0, 10.0, 80.0])

@@ -20,6 +20,11 @@ def test_levels_of_a_sample():
     np.testing.assert_allclose(sampling_sigmas(3, NoiseRange(sigma_max=0.7)), 0.7)  # never noisier than the start
     with pytest.raises(ValueError, match="found 0 sampling steps, expected at least 1"):
         sampling_sigmas(0, NOISE)
+    assert sampling_sigmas(1, NoiseRange(sigma_min=1.0)) == 80
+    with pytest.raises(
+        ValueError, match="found 2 sampling steps and sigma_min 1.0, expected one below the last level, 0.821"
+    ):
+        sampling_sigmas(2, NoiseRange(sigma_min=1.0))
 
 
 def test_one_step_starts_from_pure_noise():

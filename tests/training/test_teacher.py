@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fid_imagegen import tasks
-from fid_imagegen.training import runs
+from fid_imagegen.training import runs, warm_start
 from fid_imagegen.training.loop import Run, train
 
 
@@ -79,6 +79,32 @@ def test_a_teacher_that_does_not_fit_is_refused(devices, tiny, teacher, changes,
     with pytest.raises(ValueError, match=message):
         Run(student(tiny, teacher, **changes), workdir)
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"preconditioning": "edm"},
+            "found a generator in ../teacher with another preconditioning: 'x0_blend' there, 'edm' here",
+        ),
+        ({"model.heads": 4}, "another model.heads: 2 there, 4 here"),
+        ({"noise.sigma_data": 1.0}, "another noise.sigma_data: 0.5 there, 1.0 here"),
+    ],
+)
+def test_a_start_that_another_network_trained_is_refused(tiny, teacher, changes, message):
+    """In shapes alone these fit."""
+
+    def start(**changes):
+        task = tasks.build(tiny("ect", **changes))
+        abstract = {"generator": jax.eval_shape(lambda: task.init(jax.random.key(0))[0]["generator"])}
+        return warm_start.fill(abstract, {"generator": "../teacher"}, teacher.parent / "started", task.borrowed)
+
+    with pytest.raises(ValueError, match=message):
+        start(**changes)
+    _, theirs = runs.read_params(teacher)
+    started = start(**{"noise.sigma_max": 40.0, "model.dtype": "bfloat16"})  # what a start need not share
+    jax.tree.map(np.testing.assert_array_equal, started["generator"], theirs["generator"])
 
 
 def test_a_run_does_not_go_on_with_another_objective(devices, tiny, teacher):

@@ -18,7 +18,9 @@ class ConsistencyTraining(Objective):
     mu0: float = 0.9
 
     def __post_init__(self):
-        check_levels(self.s0, self.s1)
+        check_levels(self.s0, self.s1, least=2)  # N(0) is s0, and a pair takes two
+        if not 0 < self.mu0 < 1:
+            raise ValueError(f"found mu0={self.mu0}, expected 0 < mu0 < 1; change config.objective")
 
     def target_decay(self, step):
         """mu(k), the decay of the target network's EMA at step k."""

@@ -25,7 +25,7 @@ class ImprovedConsistencyTraining(Objective):
     log_deviation: float = 2.0
 
     def __post_init__(self):
-        check_levels(self.s0, self.s1)
+        check_levels(self.s0, self.s1, least=1)
 
     def __call__(self, nets, x0, cond, *, keys, key, step):
         """Loss per image; the target is the student itself behind a stop-gradient."""
