@@ -117,7 +117,7 @@ def base() -> ConfigDict:
     config.model = ConfigDict()
     config.model.network = "function"  # of one fixed size: dit, unet, uvit
     config.model.preset = (
-        "tiny"  # tiny, S, B, L; dit: XL too; uvit: M for B; unet: ddpmpp_32, ddpmpp_64, ncsnpp_32, adm_64
+        "tiny"  # tiny, S, B, L; dit: XL too; uvit: M for B; unet: ddpmpp_32, ddpmpp_64, ncsnpp_32, ncsnpp_64, adm_64
     )
     config.model.patch = 2
     config.model.width = config_dict.placeholder(int)
@@ -161,8 +161,8 @@ def base() -> ConfigDict:
     config.distance = "pseudo_huber"  # l2, laplacian, pseudo_huber, lpips, augmentations
     config.lpips = ConfigDict({"vgg16": "", "heads": ""})
     config.augmentation_net = ConfigDict({"widths": AUGMENTATION_WIDTHS})  # as model.widths of its run
-    # Of the noise, where not the images' own: the function is held to images of data.image_size in windows of so many pixels.
-    config.grid, config.window = 0, 0  # 0: the images' size; whole images
+    # Of the noise, where not the images' own: the function is held to windows of the images at random sizes.
+    config.grid, config.window = 0, 0  # 0: the images' size; whole images, at their own size
     config.label_dropped = 0.0  # share of labels replaced by the null class, for classifier-free guidance
     config.variational = True  # variational coordinates
     config.render_chunk = 4096  # coordinates rendered at once in training

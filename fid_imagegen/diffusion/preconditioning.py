@@ -7,9 +7,10 @@ f takes a noisy image x = x0 + sigma z to a clean one in one jump, whichever obj
 `edm` is CM's parameterisation (Song et al. 2023, Sec. 3 and App. C): at large sigma F stands for x0 / sigma_data, at small
 sigma for minus the noise. What of that a band-limited image function cannot draw stays in f, c_skip sigma z at the most; all it
 can then answer is the clean image, at a scale that runs from 0 to 1 / sigma_data. In `x0_blend`, f = c_skip x + (1 - c_skip) G,
-that scale is 1 at every level, and levels near sigma_min hardly count: c_out falls with the square of sigma. Of both f(x, sigma_min) = x. `mean_flow` is pixel MeanFlow's (Lu et al.
-2026, arXiv 2601.22158): on z = (1 - t) x0 + t z', t = sigma / (1 + sigma), the network's clean image G gives the mean velocity
-u = (z - G) / max(t, 0.05), and the jump to t = 0 is f = z - t u.
+that scale is 1 at every level, and levels near sigma_min hardly count: c_out falls with the square of sigma. Of both
+f(x, sigma_min) = x. `mean_flow` is pixel MeanFlow's (Lu et al. 2026, arXiv 2601.22158): on z = (1 - t) x0 + t z',
+t = sigma / (1 + sigma), the network's clean image G gives the mean velocity u = (z - G) / max(t, 0.05), and the jump to t = 0 is
+f = z - t u.
 """
 
 import dataclasses

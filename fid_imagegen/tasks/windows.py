@@ -1,8 +1,9 @@
 """Supervision of a function where its network sees nothing: noise on one grid, targets at another size (INFD, arXiv 2406.07480).
 
 The network is given the image and its noise on a grid of `config.grid` pixels; the function that it makes is held to the image
-there and, in a window of `config.window` pixels, at the image's own size. Both are one list of pixels, which objectives take for
-an image of one column: the noise of the window is that of the grid, interpolated band-limited, so that both stand on one path.
+there and, in a window of `config.window` pixels, at a size drawn for every batch, the image's own at most. Both are one list of
+pixels, which objectives take for an image of one column: the noise of the window is that of the grid, interpolated band-limited,
+so that both stand on one path.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from fid_imagegen.diffusion.noise import example_normal
-from fid_imagegen.models.image_function import ImageFunctions, evaluate_rematerialised, pixel_cell
+from fid_imagegen.models.image_function import ImageFunctions, evaluate_rematerialised
 from fid_imagegen.models.resampling import resample
 from fid_imagegen.tasks.generator import image_functions, render_native
 
@@ -22,12 +23,17 @@ Pixels = Float[Array, "batch pixels 1 channels"]
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """One batch's window: `grid` of the network, `size` of the images, `window` and its corner in pixels of the image."""
+    """One batch's window: `grid` of the network, `size` of the target, `window` and its corner in pixels of the target."""
 
     grid: int
-    size: int
     window: int
+    size: Int[Array, ""]
     corner_2: Int[Array, "2"]
+
+    @property
+    def cell(self) -> Float[Array, "2"]:
+        """Footprint of a pixel of the target."""
+        return jnp.full(2, 2 / self.size, jnp.float32)
 
     @property
     def coordinates(self) -> Float[Array, "pixels 2"]:
@@ -36,17 +42,18 @@ class Windows:
         places = jnp.stack([row.ravel(), column.ravel()], axis=1) + self.corner_2
         return (2 * places.astype(jnp.float32) + 1 - self.size) / self.size
 
-    def clean(self, images: Float[Array, "batch size size channels"]) -> Pixels:
-        """An image on the grid, shrunk or enlarged by the resize that data are read with, and in the window as it is."""
-        batch, channels = images.shape[0], images.shape[-1]
-        start = (0, self.corner_2[0], self.corner_2[1], 0)
-        inside = jax.lax.dynamic_slice(images, start, (batch, self.window, self.window, channels))
+    def clean(self, images: Float[Array, "batch height width channels"]) -> Pixels:
+        """An image on the grid, shrunk or enlarged by the resize that data are read with, and in the window of the target."""
+        batch, side, _, channels = images.shape
+        shape, scale = (batch, self.window, self.window, channels), jnp.full(2, self.size / side, jnp.float32)
+        shift = -self.corner_2.astype(jnp.float32)
+        inside = jax.image.scale_and_translate(images, shape, (1, 2), scale, shift, "cubic", antialias=True)
         return self._joined(on_grid(images, self.grid), inside)
 
     def noise(self, keys: Key[Array, "batch"], shape: tuple[int, int, int]) -> Pixels:
         """Noise of the grid, and what it is in the window: what an objective draws for pixels of `shape`."""
         z = example_normal(keys, (self.grid, self.grid, shape[-1]))
-        return self._joined(z, resample(z, self.coordinates, jnp.asarray(pixel_cell(self.size, self.size))))
+        return self._joined(z, resample(z, self.coordinates, self.cell))
 
     def net(self, model, params, *, training: bool, chunk: int):
         """As `generator.generator_net`, of pixels: the network sees those of the grid and answers for all."""
@@ -61,8 +68,7 @@ class Windows:
 
     def render(self, functions: ImageFunctions, *, chunk: int) -> Pixels:
         """Values on the grid and in the window."""
-        cell = jnp.asarray(pixel_cell(self.size, self.size))
-        inside = evaluate_rematerialised(functions, self.coordinates, cell, chunk=chunk)
+        inside = evaluate_rematerialised(functions, self.coordinates, self.cell, chunk=chunk)
         return self._joined(render_native(functions, key=None, chunk=chunk), inside)
 
     def _joined(self, *parts: Array) -> Pixels:
@@ -76,9 +82,12 @@ def on_grid(images: Float[Array, "batch size size channels"], grid: int) -> Floa
 
 
 def draw_windows(config, key: Key[Array, ""]) -> Windows:
-    """A window anywhere in the images, the same for the whole batch."""
-    size, window = config.data.image_size, config.window or config.data.image_size
-    return Windows(config.grid, size, window, jax.random.randint(key, (2,), 0, size - window + 1))
+    """A window anywhere in images of any size from the larger of grid and window to their own, the same for the whole batch."""
+    largest, window = config.data.image_size, config.window or config.data.image_size
+    smallest = min(max(config.grid, window), largest)
+    size_key, corner_key = jax.random.split(key)
+    size = jax.random.randint(size_key, (), smallest, largest + 1)
+    return Windows(config.grid, window, size, jax.random.randint(corner_key, (2,), 0, size - window + 1))
 
 
 def check_windows(config) -> None:

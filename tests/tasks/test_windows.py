@@ -18,7 +18,7 @@ from fid_imagegen.tasks.windows import Windows, draw_windows, on_grid
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 2)), jnp.float32)
-WINDOWS = Windows(grid=4, size=16, window=6, corner_2=jnp.asarray([3, 9]))
+WINDOWS = Windows(grid=4, window=6, size=jnp.asarray(16), corner_2=jnp.asarray([3, 9]))
 LARGE = {"data.image_size": 16, "grid": 8, "window": 6, "variational": False}
 
 
@@ -26,7 +26,35 @@ def test_clean_pixels_are_the_grid_and_the_window():
     found = WINDOWS.clean(IMAGES)
     assert found.shape == (3, 16 + 36, 1, 2)
     np.testing.assert_allclose(found[:, :16, 0].reshape(3, 4, 4, 2), on_grid(IMAGES, 4), atol=1e-6)
-    np.testing.assert_array_equal(found[:, 16:, 0].reshape(3, 6, 6, 2), IMAGES[:, 3:9, 9:15])
+    np.testing.assert_allclose(found[:, 16:, 0].reshape(3, 6, 6, 2), IMAGES[:, 3:9, 9:15], atol=1e-5)
+
+
+def test_a_window_of_a_smaller_target_is_cut_from_the_whole_resized():
+    windows = Windows(grid=4, window=6, size=jnp.asarray(11), corner_2=jnp.asarray([0, 5]))
+    whole = jax.image.resize(IMAGES, (3, 11, 11, 2), "cubic", antialias=True)
+    found = windows.clean(IMAGES)[:, 16:, 0].reshape(3, 6, 6, 2)
+    np.testing.assert_allclose(found, whole[:, :6, 5:], atol=1e-5)
+    np.testing.assert_allclose(
+        windows.coordinates.reshape(6, 6, 2), pixel_grid(11, 11).reshape(11, 11, 2)[:6, 5:], atol=1e-6
+    )
+    np.testing.assert_allclose(windows.cell, pixel_cell(11, 11), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "window", "smallest"), [(8, 6, 8), (8, 12, 12), (8, 0, 16), (32, 6, 16)])
+def test_sizes_and_places_are_drawn(tiny_task, grid, window, smallest):
+    config = tiny_task(LARGE | {"grid": grid, "window": window}).config
+
+    def draw(key):
+        windows = draw_windows(config, key)
+        return windows.size, windows.size - windows.window, windows.corner_2
+
+    sizes, last, corners = map(np.asarray, jax.vmap(draw)(jax.random.split(jax.random.key(0), 400)))
+    assert set(sizes.tolist()) == set(range(smallest, 17))
+    assert (corners >= 0).all() and (corners <= last[:, None]).all()
+    if window:
+        assert (corners == 0).any() and (corners == last[:, None])[last > 0].any()
+        places = (corners / np.maximum(last, 1)[:, None])[last > 0]
+        assert np.abs(np.corrcoef(places.T)[0, 1]) < 0.2  # down and across are drawn apart
 
 
 def test_images_are_shrunk_as_data_are_when_they_are_read():
@@ -37,7 +65,7 @@ def test_images_are_shrunk_as_data_are_when_they_are_read():
 
 def test_noise_of_the_window_is_that_of_the_grid():
     """On a window of the grid's own pixels it is the same; in between it is interpolated, and its key an image's own."""
-    same = Windows(grid=16, size=16, window=6, corner_2=jnp.asarray([3, 9])).noise(KEYS, (0, 1, 2))
+    same = Windows(grid=16, window=6, size=jnp.asarray(16), corner_2=jnp.asarray([3, 9])).noise(KEYS, (0, 1, 2))
     z = example_normal(KEYS, (16, 16, 2))
     np.testing.assert_allclose(same[:, :256, 0].reshape(z.shape), z, atol=1e-6)
     np.testing.assert_allclose(same[:, 256:, 0].reshape(3, 6, 6, 2), z[:, 3:9, 9:15], atol=1e-5)
@@ -45,7 +73,9 @@ def test_noise_of_the_window_is_that_of_the_grid():
     np.testing.assert_allclose(fine[1:], part, atol=1e-6)
     assert 0.3 < float(fine[:, 16:].std()) < 1.3
     # Where the grid is finer than the image, a pixel of it takes several of the grid's.
-    coarse = Windows(grid=16, size=8, window=8, corner_2=jnp.asarray([0, 0])).noise(KEYS, (0, 1, 2))[:, 256:, 0]
+    coarse = Windows(grid=16, window=8, size=jnp.asarray(8), corner_2=jnp.asarray([0, 0])).noise(KEYS, (0, 1, 2))[
+        :, 256:, 0
+    ]
     expected = resample(z, jnp.asarray(pixel_grid(8, 8)), jnp.asarray(pixel_cell(8, 8)))
     np.testing.assert_allclose(coarse, expected, atol=1e-5)
 
@@ -54,7 +84,7 @@ def test_noise_of_the_window_is_that_of_the_grid():
 def test_values_are_those_of_a_render(tiny_task, random_params, integrated):
     task = tiny_task(LARGE | {"model.integrated": integrated})
     params = random_params(task)
-    windows = Windows(grid=8, size=16, window=6, corner_2=jnp.asarray([3, 9]))
+    windows = Windows(grid=8, window=6, size=jnp.asarray(16), corner_2=jnp.asarray([3, 9]))
     functions = jax.jit(task.sample)(params, jax.random.key(1), jnp.arange(2)).replace(native=None)
     found = windows.render(functions, chunk=4096)
     np.testing.assert_allclose(found[:, :64, 0].reshape(2, 8, 8, 1), render(functions, 8, 8), atol=1e-5)
@@ -78,7 +108,7 @@ def test_the_objective_is_given_the_noise_of_the_window_that_it_is_shown(tiny_ta
 
 def test_the_net_is_told_the_label_and_drops_out_in_training_alone(tiny_task, random_params):
     task = tiny_task(LARGE | {"model.num_classes": 3, "model.dropout": 0.5})
-    params, windows = random_params(task)["generator"], Windows(8, 16, 6, jnp.asarray([3, 9]))
+    params, windows = random_params(task)["generator"], Windows(8, 6, jnp.asarray(16), jnp.asarray([3, 9]))
     x, levels = example_normal(KEYS, (64 + 36, 1, 1)), jnp.zeros((3, 1))
 
     def bound(training):
@@ -99,6 +129,7 @@ def test_the_net_is_told_the_label_and_drops_out_in_training_alone(tiny_task, ra
 def test_what_lies_between_the_grids_pixels_is_learned(tiny_task, random_params, name, network):
     """The loss sees the image where the grid does not: another image of the same grid pixels has another loss."""
     changes = LARGE | {
+        "window": 0,
         "model.network": network,
         "model.depth": 1,
         "objective": common.objective("ect"),
@@ -138,13 +169,6 @@ def test_samples_have_the_grids_noise_and_any_size(tiny_task, random_params):
     task = tiny_task(LARGE | {"data.image_size": 4, "window": 0})
     images = {"image": jnp.zeros((2, 4, 4, 1), jnp.uint8), "label": jnp.zeros(2, jnp.int32), "row": jnp.arange(2)}
     assert np.isfinite(task.loss(random_params(task), {}, images, jax.random.key(0), jnp.asarray(3))[0])
-
-
-def test_windows_lie_anywhere_inside(tiny_task):
-    config = tiny_task(LARGE).config
-    corners = np.stack([draw_windows(config, jax.random.key(i)).corner_2 for i in range(200)])
-    assert corners.min() == 0 and corners.max() == 10
-    assert np.abs(np.corrcoef(corners.T)[0, 1]) < 0.2  # down and across are drawn apart
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ UNETS = {
     "ddpmpp_32": DDPMPP | {"widths": (256, 256, 256), "attention_levels": (1,)},
     "ddpmpp_64": DDPMPP | {"widths": (128, 256, 256, 256), "attention_levels": (2,)},
     "ncsnpp_32": NCSNPP | {"widths": (256, 256, 256), "attention_levels": (1,)},
+    "ncsnpp_64": NCSNPP | {"widths": (128, 256, 256, 256), "attention_levels": (2,)},
     "adm_64": {
         "architecture": "adm",
         "widths": (192, 384, 576, 768),
