@@ -30,19 +30,40 @@ def test_too_few_losses_are_refused():
         curves.windows(lines(np.ones(39)))
 
 
+def write_run(folder, losses, batch_size, rate=10.0):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"batch_size": batch_size}))
+    text = "".join(json.dumps(line | {"images_per_second": rate}) + "\n" for line in lines(losses))
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def report(tmp_path, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["curves", "--experiment", str(tmp_path), *arguments])
+    curves.main()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    return json.loads((tmp_path / "curves.json").read_text())
+
+
 def test_a_report_of_an_experiment(tmp_path, monkeypatch):
     for number, (variant, batch) in enumerate([("unet", 32), ("dit", 32), ("dit", 128)]):
-        unit = tmp_path / f"{number}"
-        unit.mkdir()
-        (unit / "manifest.json").write_text(json.dumps({"overrides": {"variant": variant, "batch_size": batch}}))
-        text = "".join(json.dumps(line) + "\n" for line in lines(1 + number + np.arange(80) / 80))
-        (unit / "metrics.jsonl").write_text(text)
-    monkeypatch.setattr("sys.argv", ["curves", "--experiment", str(tmp_path)])
-    curves.main()
-    report = json.loads((tmp_path / "curves.json").read_text())
-    assert [(each["variant"], each["batch_size"], len(each["means"])) for each in report] == [
+        write_run(tmp_path / f"{number}", 1 + number + np.arange(80) / 80, batch)
+        overrides = {"variant": variant, "batch_size": batch, "seed": number}
+        (tmp_path / f"{number}" / "manifest.json").write_text(json.dumps({"overrides": overrides}))
+    found = report(tmp_path, monkeypatch)
+    assert [(each["arm"], each["batch_size"], len(each["means"])) for each in found] == [
         ("unet", 32, 40),
         ("dit", 32, 40),
         ("dit", 128, 40),
     ]
-    assert report[0]["ratio"] == pytest.approx(1.98, rel=0.01) and (tmp_path / "curves.png").stat().st_size > 1000
+    assert found[0]["ratio"] == pytest.approx(1.98, rel=0.01)
+
+
+def test_pre_training_takes_its_time_too(tmp_path, monkeypatch):
+    """80 steps of 20 images at 10 images/s are 160 seconds; 30 steps of 5 before them are 15."""
+    for name in ("none", "pretrained"):
+        write_run(tmp_path / name, np.linspace(2, 1, 80), 20)
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"overrides": {"variant": name, "seed": 0}}))
+    write_run(tmp_path / "pretrained" / "pretrain", np.ones(30), 5)
+    found = {each["arm"]: each["seconds"] for each in report(tmp_path, monkeypatch, "--against", "seconds")}
+    assert found["none"][0] == pytest.approx(4) and found["none"][-1] == pytest.approx(160)
+    np.testing.assert_allclose(np.subtract(found["pretrained"], found["none"]), 15)

@@ -2,6 +2,7 @@
 
 python -m launch.run --config configs/studies/pretraining.py --sweep pretraining,seed
 python -m benchmarks.study --experiment runs/pretraining
+python -m benchmarks.curves --experiment runs/pretraining --against seconds
 """
 
 from configs import common
@@ -10,7 +11,9 @@ from configs.studies import common as studies
 
 def get_config(arg: str = ""):
     """Without, unless a variant is named."""
-    return common.finish(studies.digits(), arg, VARIANTS)
+    config = studies.digits()
+    config.log.every = 10  # for its curve
+    return common.finish(config, arg, VARIANTS)
 
 
 def pretrained(config) -> None:
