@@ -5,7 +5,7 @@
 
 An arm is all work units that differ in nothing but `seed`. Of each: the Fréchet distance of samples to held-out images on named
 features, and for digits the share that a judge is sure of. Two arms whose means are closer than the larger of their seeds'
-spreads are undecided. Writes EXPERIMENT/study.json and a plot, study.png.
+spreads are undecided. Units that did not reach their last step are left out. Writes EXPERIMENT/study.json and a plot, study.png.
 """
 
 import argparse
@@ -24,6 +24,12 @@ from fid_imagegen.pipelines import ImageFunctionPipeline
 from fid_imagegen.tasks.generator import to_float
 
 JUDGED = 1000
+
+
+def finished(unit: Path) -> bool:
+    """Whether a work unit has the checkpoint of its last step."""
+    config = unit / "config.json"
+    return config.exists() and (unit / "checkpoints" / str(json.loads(config.read_text())["num_steps"])).exists()
 
 
 def score(folder: Path, extract, *, steps: int | None) -> dict[str, float]:
@@ -106,19 +112,23 @@ def main():
         extract = resized(extract, args.resize)
     units = []
     for path in sorted(args.experiment.glob("*/manifest.json")):
+        if not finished(path.parent):
+            print(f"{path.parent.name}: left out, it has not reached its last step", flush=True)
+            continue
         found = score(path.parent, extract, steps=args.steps)
         units.append({"unit": path.parent.name, "overrides": json.loads(path.read_text())["overrides"], **found})
         print(path.parent.name, found, flush=True)
     if not units:
         parser.error(
-            f"found no work units in {args.experiment}, expected ROOT/EXPERIMENT of launch.run; correct --experiment"
+            f"found no finished work units in {args.experiment}, expected ROOT/EXPERIMENT of launch.run; correct --experiment"
         )
     metrics = [metric for metric in ("frechet", "judged") if metric in units[0]]
     grouped = arms(units)
     table = {name: {metric: summary(group, metric) for metric in metrics} for name, group in grouped.items()}
     best = min(table, key=lambda name: table[name]["frechet"]["mean"])
     for name, found in table.items():
-        found["against_best"] = "decided" if decided(found["frechet"], table[best]["frechet"]) else "undecided"
+        differs = decided(found["frechet"], table[best]["frechet"])
+        found["against_best"] = "itself" if name == best else "decided" if differs else "undecided"
         print(_short(name), json.dumps(found))
     report = {"features": args.features, "resize": args.resize, "steps": args.steps, "arms": table, "units": units}
     (args.experiment / "study.json").write_text(json.dumps(report, indent=2) + "\n")

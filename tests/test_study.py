@@ -14,6 +14,14 @@ def unit(seed, value, **overrides):
     return {"overrides": overrides | {"seed": seed}, "frechet": value}
 
 
+def write_unit(folder, overrides, steps=(5,)):
+    for step in steps:
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"num_steps": 5}')
+    (folder / "manifest.json").write_text(json.dumps({"overrides": overrides}))
+
+
 UNITS = [unit(seed, value, variant="dit") for seed, value in enumerate((1.0, 1.2, 1.4))]
 UNITS += [unit(seed, value, variant="uvit") for seed, value in enumerate((1.5, 1.6, 1.7))]
 
@@ -54,8 +62,9 @@ def test_a_unit_is_scored_against_what_was_held_out(monkeypatch):
 def test_the_report_sets_every_arm_against_the_best(tmp_path, monkeypatch):
     units = UNITS + [unit(seed, value, variant="patches") for seed, value in enumerate((9.0, 9.1, 9.2))]
     for number, each in enumerate(units):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "manifest.json").write_text(json.dumps({"overrides": each["overrides"]}))
+        write_unit(tmp_path / str(number), each["overrides"])
+    write_unit(tmp_path / "stopped", {"variant": "stopped", "seed": 0}, steps=(3,))
+    write_unit(tmp_path / "waiting", {"variant": "waiting", "seed": 0}, steps=())
     monkeypatch.setattr(
         study, "score", lambda folder, extract, *, steps: {"frechet": units[int(folder.name)]["frechet"]}
     )
@@ -63,20 +72,19 @@ def test_the_report_sets_every_arm_against_the_best(tmp_path, monkeypatch):
     study.main()
     found = json.loads((tmp_path / "study.json").read_text())["arms"]
     verdicts = {json.loads(name)["variant"]: arm["against_best"] for name, arm in found.items()}
-    assert verdicts == {"dit": "undecided", "uvit": "undecided", "patches": "decided"}
+    assert verdicts == {"dit": "itself", "uvit": "undecided", "patches": "decided"}
 
 
 def test_an_experiment_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study", f"--experiment={tmp_path / 'none'}"])
     with pytest.raises(SystemExit):
         study.main()
-    assert "found no work units in" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "found no finished work units in" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_images_are_resized_before_their_features_are_taken(tmp_path, monkeypatch):
     """One grey level stays, a step between two keeps its sides."""
-    (tmp_path / "unit").mkdir()
-    (tmp_path / "unit" / "manifest.json").write_text('{"overrides": {"seed": 0}}')
+    write_unit(tmp_path / "unit", {"seed": 0})
     images, seen = np.full((2, 4, 4, 3), 40, np.uint8), []
     images[1, :, 2:] = 200
     monkeypatch.setitem(study.FEATURES, "pixels", lambda: lambda x: seen.append(x))

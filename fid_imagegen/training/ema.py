@@ -23,6 +23,9 @@ def averages(config) -> dict[str, Decay]:
         raise ValueError(
             "found ema_snapshots without ema_widths, expected two widths such as (0.05, 0.1); set config.ema_widths"
         )
+    for decay in config.ema_decays:
+        if not 0 < decay < 1:
+            raise ValueError(f"found an EMA decay of {decay}, expected one between 0 and 1; change config.ema_decays")
     exponential = {name(decay): functools.partial(warm_decay, decay) for decay in config.ema_decays}
     powers = {width_name(width): functools.partial(power_decay, exponent(width)) for width in config.ema_widths}
     return exponential | powers
@@ -45,7 +48,7 @@ def update(average: Any, params: Any, decay: Float[Array, ""]) -> Any:
 
 def name(decay: float) -> str:
     """The key of an EMA in the state: its decay as text."""
-    return f"{decay:g}"
+    return repr(decay)
 
 
 def width_name(width: float) -> str:

@@ -88,6 +88,12 @@ def test_inputs_that_do_not_fit_are_refused(model, x):
         layers.SelfAttention(5, 4, 1e-5, layers.ZEROS, jnp.float32).init(jax.random.key(0), jnp.zeros((1, 2, 2, 12)))
 
 
+@pytest.mark.parametrize("head_width", [64, 5])
+def test_heads_fill_the_width(head_width):
+    with pytest.raises(ValueError, match=f"found width [0-9]+ with heads {head_width} wide, expected a multiple"):
+        abstract(TINY["adm"].clone(head_width=head_width), (4, 4))
+
+
 @models
 def test_tangents_are_finite_differences(model, x):
     """In the image and in the level, in float64."""

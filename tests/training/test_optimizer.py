@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from configs import common
 from fid_imagegen.training import ema, optimizer
@@ -87,3 +88,12 @@ def test_the_decay_warms_up():
     decays = np.array([ema.warm_decay(0.99, jnp.int32(step)) for step in (0, 1, 8, 890, 10_000)])
     np.testing.assert_allclose(decays, [0.1, 2 / 11, 0.5, 0.99, 0.99], rtol=1e-6)
     assert ema.name(0.9999) == "0.9999" and ema.name(0.5) == "0.5"
+
+
+@pytest.mark.parametrize("decay", [1.5, 1.0, 0.0])
+def test_decays_are_told_apart_and_lie_between_none_and_all(decay):
+    config = ConfigDict({"ema_decays": (0.9999999, 0.99999999), "ema_widths": (), "ema_snapshots": 0})
+    assert len(ema.averages(config)) == 2
+    config.ema_decays = (0.9, decay)
+    with pytest.raises(ValueError, match=f"found an EMA decay of {decay}, expected one between 0 and 1"):
+        ema.averages(config)

@@ -48,5 +48,6 @@ class EasyConsistencyTuning(Objective):
         lower = self.lower_level(sigma, self.stage(step))
         student = nets["student"]
         loss = self.pair_distance(student, student, x0, cond, sigma, lower, keys=keys[:, 1], key=key)
-        # Levels within float noise of sigma_min have no pair below them; the clamp keeps their weight finite.
+        # Levels within float noise of sigma_min have no pair below them. The clamp keeps their weight finite, and in the last of
+        # eight stages lowers that of levels up to 0.005, a hundredth of all.
         return loss / jnp.maximum(sigma - lower, 1e-4), {"stage": self.stage(step)}

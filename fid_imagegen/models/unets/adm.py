@@ -101,7 +101,12 @@ class Stage(nn.Module):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = block(f"resnets_{i}", x)
             if i < self.attentions:
-                heads = self.features // self.head_width
+                heads, left = divmod(self.features, self.head_width)
+                if left or not heads:
+                    raise ValueError(
+                        f"found width {self.features} with heads {self.head_width} wide, expected a multiple; change "
+                        "config.model.unet.head_width or the widths"
+                    )
                 x = x + SelfAttention(heads, self.groups, EPSILON, TORCH, self.dtype, name=f"attentions_{i}")(x)
             if self.way == "down":
                 skips.append(x)
