@@ -45,19 +45,26 @@ sys.path.insert(0, str(ROOT))  # configs/ and launch/ run from a checkout
 import pytest  # noqa: E402
 
 
+def _use_devices(monkeypatch, count: int) -> None:
+    import jax
+
+    from fid_imagegen.parallel import mesh
+
+    monkeypatch.setattr(mesh, "make_mesh", functools.partial(mesh.make_mesh, devices=jax.devices()[:count]))
+
+
 @pytest.fixture
 def devices(monkeypatch):
     """devices(n): meshes made from here on have n of the eight devices; one is what most tests of the loop want."""
+    return functools.partial(_use_devices, monkeypatch)
 
-    def use(count: int) -> None:
-        import jax
 
-        from fid_imagegen.parallel import mesh
-
-        make = functools.partial(mesh.make_mesh, devices=jax.devices()[:count])
-        monkeypatch.setattr(mesh, "make_mesh", make)
-
-    return use
+@pytest.fixture(scope="module")
+def one_device():
+    """Meshes of a module, its fixtures' too, have one of the eight devices."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _use_devices(monkeypatch, 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ RIVALS = {
     "patches": {"model.function": "patch32"} | UNSET,
     "pixels": {"model.function": "pixel32"} | UNSET,
 }
+SAMPLERS = {"ect": "consistency", "edm": "heun", "meanflow": "flow"}  # an objective of each; others share the first
 STYLED = RIVALS["dit"] | {"model.norm": "rms", "model.mlp": "swiglu", "model.rotary": True}
 
 
@@ -88,6 +89,10 @@ def test_each_objective_runs_on_each_network(tiny_task, batch, network, objectiv
     run = lambda params, others: task.loss(params | others, {}, batch, jax.random.key(0), jnp.int32(3))[0]  # noqa: E731
     gradient = jax.eval_shape(jax.grad(run), params, others)
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    if objective not in SAMPLERS:
+        assert task.objective.sampler == "consistency"
+        return
+    assert task.objective.sampler == SAMPLERS[objective]
     draw = functools.partial(task.sample, steps=2, guidance=2.0)
     made = jax.eval_shape(draw, params, jax.random.key(0), jnp.arange(4))
     assert made.native.noisy.shape == (4, 8, 8, 1)

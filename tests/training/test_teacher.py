@@ -8,9 +8,11 @@ from fid_imagegen import tasks
 from fid_imagegen.training import runs, warm_start
 from fid_imagegen.training.loop import Run, train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
-def teacher(tiny, tmp_path_factory):
+def teacher(tiny, one_device, tmp_path_factory):
     """The folder of a diffusion model."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
     config = tiny("edm", distance="l2", num_steps=2, **{"optimizers.generator.learning_rate": 0.1})
@@ -23,8 +25,7 @@ def student(tiny, teacher, **changes):
     return tiny("cd", **changes)
 
 
-def test_a_student_starts_as_its_teacher_and_leaves_it_alone(devices, tiny, teacher):
-    devices(1)
+def test_a_student_starts_as_its_teacher_and_leaves_it_alone(tiny, teacher):
     workdir = teacher.parent / "student"
     config = student(tiny, teacher, **{"optimizers.generator.learning_rate": 0.1})
     run, (_, theirs) = Run(config, workdir), runs.read_params(teacher)
@@ -73,8 +74,7 @@ def no_denoiser(tiny, teacher):
         ),
     ],
 )
-def test_a_teacher_that_does_not_fit_is_refused(devices, tiny, teacher, changes, message):
-    devices(1)
+def test_a_teacher_that_does_not_fit_is_refused(tiny, teacher, changes, message):
     workdir = teacher.parent / "refused"
     with pytest.raises(ValueError, match=message):
         Run(student(tiny, teacher, **changes), workdir)
@@ -107,7 +107,6 @@ def test_a_start_that_another_network_trained_is_refused(tiny, teacher, changes,
     jax.tree.map(np.testing.assert_array_equal, started["generator"], theirs["generator"])
 
 
-def test_a_run_does_not_go_on_with_another_objective(devices, tiny, teacher):
-    devices(1)
+def test_a_run_does_not_go_on_with_another_objective(tiny, teacher):
     with pytest.raises(ValueError, match="found another config in .*objective.name: 'edm' there, 'ect' now"):
         train(tiny("ect", distance="l2", num_steps=2, **{"optimizers.generator.learning_rate": 0.1}), teacher)
