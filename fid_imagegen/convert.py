@@ -5,6 +5,7 @@ loads. The semantic compressor is not among them: sampling does without, trainin
 
     --authors DIR --decoder_clip DIR --prior_clip DIR    the authors' .pt files instead, with CLIP H's and bigG's folders
     --to diffusers --model DIR    back: our stages -> OUT/{vqgan,decoder,prior}, which diffusers loads
+    --unet DIR    a public consistency model instead, openai/diffusers-cd_imagenet64_l2/unet: an ImageFunctionPipeline
 """
 
 import json
@@ -17,22 +18,27 @@ from fid_imagegen import command
 DECODER = flags.DEFINE_string("decoder", None, "folder of vqgan/, decoder/, text_encoder/ and tokenizer/")
 PRIOR = flags.DEFINE_string("prior", None, "folder of prior/, text_encoder/ and tokenizer/")
 COMPRESSOR = flags.DEFINE_string("compressor", None, "model_v2_stage_b.pt, or its effnet_state_dict as safetensors")
-AUTHORS = flags.DEFINE_string(
-    "authors", None, "folder of vqgan_f4_v1_500k.pt, model_v2_stage_b.pt, model_v3_stage_c.pt"
-)
+AUTHORS = flags.DEFINE_string("authors", None, "folder of vqgan_f4_v1_500k, model_v2_stage_b and model_v3_stage_c.pt")
 DECODER_CLIP = flags.DEFINE_string("decoder_clip", None, "with --authors: folder of CLIP H and its tokenizer")
 PRIOR_CLIP = flags.DEFINE_string("prior_clip", None, "with --authors: folder of CLIP bigG and its tokenizer")
 TO = flags.DEFINE_enum("to", "stages", ["stages", "diffusers"], "whose files to write")
 MODEL = flags.DEFINE_string("model", None, "with --to=diffusers: folder of stage_a, stage_b and stage_c")
+UNET = flags.DEFINE_string("unet", None, "folder of a UNet2DModel's config.json and weights")
 CONFIG = flags.DEFINE_string(
-    "config", "configs/wuerstchen.py:published", "what the files do not say: the recipe, precision"
+    "config", None, "the recipe and precision, which the files do not say; default: the public's"
 )
 OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
-INPUTS = (DECODER, PRIOR, COMPRESSOR, AUTHORS, DECODER_CLIP, PRIOR_CLIP, MODEL)
-ALLOWED = ({"decoder", "prior"}, {"decoder", "prior", "compressor"}, {"authors", "decoder_clip", "prior_clip"})
+INPUTS = (DECODER, PRIOR, COMPRESSOR, AUTHORS, DECODER_CLIP, PRIOR_CLIP, MODEL, UNET)
+ALLOWED = (
+    {"decoder", "prior"},
+    {"decoder", "prior", "compressor"},
+    {"authors", "decoder_clip", "prior_clip"},
+    {"unet"},
+)
+RECIPES = {"stages": "configs/wuerstchen.py:published", "unet": "configs/imagenet64_cm_unet.py"}
 
 
-def write_stages(out: Path, files) -> None:
+def write_stages(out: Path, files, config) -> None:
     from fid_imagegen.interop.public_wuerstchen import TEXT_FILE, public_stages
     from fid_imagegen.interop.safetensors_io import save_tree
     from fid_imagegen.training.runs import write_params
@@ -43,8 +49,16 @@ def write_stages(out: Path, files) -> None:
             save_tree(folder / TEXT_FILE, stage.text, {"format": "pt"})
             (folder / "tokenizer.json").write_text(stage.tokenizer.json(), encoding="utf-8")
 
-    for name, read in public_stages(files, command.load_config(CONFIG.value)).items():
+    for name, read in public_stages(files, config).items():
         write(out / name, read())
+
+
+def write_unet(out: Path, folder: Path, config) -> None:
+    from fid_imagegen.interop.unet import public_unet
+    from fid_imagegen.training.runs import write_params
+
+    config, params = public_unet(folder, config)
+    write_params(out, config, {"generator": params})
 
 
 def write_diffusers(out: Path, model: Path) -> None:
@@ -69,13 +83,16 @@ def main(argv):
     if set(given) not in ([{"model"}] if TO.value == "diffusers" else ALLOWED):
         raise app.UsageError(
             f"found {', '.join(f'--{name}' for name in given) or 'no input'} with --to={TO.value}, expected --decoder and "
-            "--prior; --authors, --decoder_clip and --prior_clip; or --model with --to=diffusers"
+            "--prior; --authors, --decoder_clip and --prior_clip; --unet; or --model with --to=diffusers"
         )
+    config = command.load_config(CONFIG.value or RECIPES["unet" if UNET.value else "stages"])
     with whole_folder(Path(OUT.value)) as out:
         if MODEL.value:
             write_diffusers(out, given["model"])
+        elif UNET.value:
+            write_unet(out, given["unet"], config)
         else:
-            write_stages(out, authors_files(**given) if AUTHORS.value else diffusers_files(**given))
+            write_stages(out, authors_files(**given) if AUTHORS.value else diffusers_files(**given), config)
     print(f"converted: {OUT.value}")
 
 

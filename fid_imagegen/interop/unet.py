@@ -4,6 +4,7 @@ Of its configurations those of ADM: `resnet_time_scale_shift="scale_shift"`, `do
 `upsample_type="resnet"`. Its timesteps are 1000 * ln(sigma) / 4: the level that `ADM` takes, times its `level_scale`.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from fid_imagegen.interop.state_dict import LEAVES, convert_state_dict, named_tensors, read_state_dict
 from fid_imagegen.models.unets.adm import ADM
@@ -18,6 +20,56 @@ from fid_imagegen.models.unets.adm import ADM
 REMEDY = (
     "download the folder unet of openai/diffusers-cd_imagenet64_l2 and give its diffusion_pytorch_model.safetensors"
 )
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What diffusers assumes where a config.json is silent, and an ADM always has.
+DEFAULTS = {
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "time_embedding_type": "positional",
+}
+
+
+def public_unet(folder: Path, config: ConfigDict) -> tuple[ConfigDict, dict]:
+    """(`config` with the size of the UNet2DModel in diffusers' `folder`, its params).
+
+    Raises FileNotFoundError naming the file, ValueError for another network and for tensors that do not fit.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"found no file {str(file)!r}, expected a UNet2DModel's; {REMEDY}")
+    theirs = json.loads(file.read_text(encoding="utf-8"))
+    fields = adm_fields(theirs, str(file))
+    config = config.copy_and_resolve_references().unlock()
+    config.data.update({"image_size": theirs["sample_size"], "channels": fields.pop("channels")})
+    config.model.update({"network": "unet", "preset": "adm_64", "num_classes": fields.pop("num_classes")})
+    config.model.unet.update(fields)
+    model = ADM(config.data.channels, num_classes=config.model.num_classes, **fields)
+    return config.lock(), load_unet(model, folder / WEIGHTS)
+
+
+def adm_fields(theirs: Mapping, source: str) -> dict:
+    """The fields of the ADM that a UNet2DModel's config.json describes. ValueError for what no ADM is."""
+    fields = {
+        "channels": theirs["in_channels"],
+        "widths": tuple(theirs["block_out_channels"]),
+        "blocks": theirs["layers_per_block"],
+        "attention_levels": tuple(i for i, kind in enumerate(theirs["down_block_types"]) if kind.startswith("Attn")),
+        "head_width": theirs["attention_head_dim"],
+        "groups": theirs["norm_num_groups"],
+        "num_classes": theirs.get("num_class_embeds") or 0,
+    }
+    wanted = DEFAULTS | json.loads(json.dumps(diffusers_config(ADM(**fields))))
+    found = {name: theirs.get(name, DEFAULTS.get(name)) for name in wanted}
+    if differing := [
+        f"{name} {found[name]!r}, expected {wanted[name]!r}" for name in wanted if found[name] != wanted[name]
+    ]:
+        raise ValueError(
+            f"found a network in {source} of {'; '.join(differing)}; give a UNet2DModel of the consistency models"
+        )
+    return fields
 
 
 def load_unet(model: ADM, path: str | Path) -> dict:

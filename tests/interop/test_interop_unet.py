@@ -1,3 +1,4 @@
+import json
 import math
 
 import jax
@@ -5,19 +6,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from small_public import converted
 
+from fid_imagegen import ImageFunctionPipeline
 from fid_imagegen.diffusion import samplers
 from fid_imagegen.diffusion.noise import NoiseRange, karras_sigma
 from fid_imagegen.diffusion.preconditioning import c_noise, c_skip, consistency_function, preconditioning
 from fid_imagegen.interop.state_dict import convert_state_dict
 from fid_imagegen.interop.unet import (
+    WEIGHTS,
     abstract_params,
     diffusers_config,
     from_state_dict,
     load_unet,
+    public_unet,
     to_state_dict,
     torch_name,
 )
+from fid_imagegen.models.rendering import render
 from fid_imagegen.models.unets.adm import ADM
 from fid_imagegen.models.unets.presets import build_unet
 from fid_imagegen.models.unets.score import ScoreBlock
@@ -86,6 +92,36 @@ def test_what_does_not_fit_is_listed(tmp_path):
         from_state_dict(ADM(**ODD), tensors | {"strange": np.zeros(1)}, "here")
     with pytest.raises(FileNotFoundError, match="found no file .*a UNet2DModel of diffusers.*the folder unet"):
         load_unet(ADM(**SMALL), tmp_path / "no.safetensors")
+
+
+def write_public(folder, model, **changes):
+    """A folder under diffusers' names."""
+    folder.mkdir(exist_ok=True)
+    fields = {"sample_size": 8, "_class_name": "UNet2DModel", **diffusers_config(model)} | changes
+    (folder / "config.json").write_text(json.dumps(fields))
+    safetensors.numpy.save_file(to_state_dict(random_params(model)), folder / WEIGHTS)
+    return folder
+
+
+def test_a_public_model_is_converted_and_sampled(tmp_path):
+    """Of one step: f of the network at sigma_max and of its label, whatever the config of the recipe."""
+    model = ADM(**SMALL, num_classes=5)
+    converted(tmp_path / "out", f"--unet={write_public(tmp_path / 'unet', model)}")
+    pipe = ImageFunctionPipeline.from_pretrained(tmp_path / "out")
+    assert (pipe.config.data.image_size, pipe.config.model.num_classes, pipe.config.preconditioning) == (8, 5, "edm")
+    functions = pipe.generate(3, labels=[4, 0, 2]).functions
+    x, sigma = functions.native.noisy, jnp.full(3, 80.0)
+    net = jax.jit(lambda x, levels, cond, key: model.apply({"params": random_params(model)}, x, levels, cond))
+    f = consistency_function(
+        net, x, sigma, jnp.asarray([4, 0, 2]), key=None, noise=NoiseRange(), form=preconditioning("edm")
+    )
+    found = render(functions, 8, 8)
+    assert relative(found, f) <= 2e-2  # bfloat16
+    with pytest.raises(FileNotFoundError, match="found no file .*config.json.*the folder unet of openai"):
+        public_unet(tmp_path, pipe.config)
+    other = write_public(tmp_path / "other", model, resnet_time_scale_shift="default", freq_shift=1)
+    with pytest.raises(ValueError, match="(?s)freq_shift 1, expected 0.*scale_shift 'default', expected 'scale_shift'"):
+        public_unet(other, pipe.config)
 
 
 @pytest.mark.parity
