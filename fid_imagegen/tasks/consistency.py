@@ -62,6 +62,11 @@ class ConsistencyTask:
                 f"found distance {config.distance!r} for objective {name!r}, expected one of {sorted(known)}; "
                 "change config.distance"
             )
+        if self.objective.sampler == "consistency" and config.preconditioning == "mean_flow":
+            raise ValueError(
+                f"found preconditioning 'mean_flow' for objective {name!r}, which needs f(x, sigma_min) = x, expected "
+                "'x0_blend' or 'edm'; change config.preconditioning"
+            )
         fourier = getattr(self.model, "fourier_scale", None)
         steepness = 2 * math.pi * fourier if fourier else self.model.level_scale
         if self.objective.differentiates_level and steepness > STEEPEST_LEVEL:

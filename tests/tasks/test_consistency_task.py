@@ -274,6 +274,10 @@ def test_lpips_without_its_weights_names_the_file(tiny_task, tmp_path):
             "found a level embedding of 1000 radians .*model.level_scale=1",
         ),
         (DERIVATIVES["meanflow"] | {"preconditioning": "edm"}, "set config.preconditioning='mean_flow'"),
+        (
+            {"preconditioning": "mean_flow"},
+            r"found preconditioning 'mean_flow' for objective 'ect', which needs f\(x, sigma_min\) = x",
+        ),
         ({"preconditioning": "trig"}, "found preconditioning 'trig'"),
         ({"objective.name": "imm"}, "found objective 'imm'"),
         ({"time": "flow"}, "found time 'flow'"),
