@@ -1,1 +1,1 @@
-"""Studies: sweeps that answer one question each, the arms side by side. What they found is in docs/results.md."""
+"""Studies: sweeps that answer one question each, the arms side by side. What those that were run found is in docs/results.md."""

@@ -2,7 +2,8 @@
 
 LIIF (arXiv 2012.09161) and INFD (arXiv 2406.07480) are the sources. The MLP sees the features of the patches around a point,
 interpolated between their centres, and where in its patch the point lies: as cosines and sines of the patch's pitch, so that
-the function is continuous across patches.
+the function is continuous across patches. Deviation: LIIF's MLP is given the size of a pixel as a number, of which training at
+one size teaches nothing that holds at others; here it only damps the bands that a pixel cannot hold.
 """
 
 import dataclasses
