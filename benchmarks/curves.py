@@ -5,7 +5,7 @@
 
 A curve is cut into 40 windows of equally many images, so that batch sizes compare. `oscillation`: the deviation of the log of the
 mean loss from one window to the next over the second half, when schedules change slowly. `ratio`: the last window over the first.
-`seconds`: of the steps, after those of the pre-training where there was one; compiling is in neither.
+`seconds`: of the steps, after those of the pre-training where there was one; compiling counts, as part of the first logged ones.
 Writes EXPERIMENT/curves.json and a plot, curves.png: a panel for each batch size, a line a work unit.
 """
 
