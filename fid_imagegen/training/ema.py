@@ -24,8 +24,8 @@ def averages(config) -> dict[str, Decay]:
             "found ema_snapshots without ema_widths, expected two widths such as (0.05, 0.1); set config.ema_widths"
         )
     for decay in config.ema_decays:
-        if not 0 < decay < 1:
-            raise ValueError(f"found an EMA decay of {decay}, expected one between 0 and 1; change config.ema_decays")
+        if not 0 <= decay < 1:
+            raise ValueError(f"found an EMA decay of {decay}, expected 0 to below 1; change config.ema_decays")
     exponential = {name(decay): functools.partial(warm_decay, decay) for decay in config.ema_decays}
     powers = {width_name(width): functools.partial(power_decay, exponent(width)) for width in config.ema_widths}
     return exponential | powers

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fid_imagegen.training import state
+from fid_imagegen.training import ema, state
 from fid_imagegen.training.loop import Run
 
 
@@ -75,7 +75,7 @@ def test_averages_and_targets_follow_the_parameters(toy, tmp_path):
         for step, after in enumerate(states):
             warm = min(decay, (1 + step) / (10 + step))
             average = warm * average + (1 - warm) * kernel(after.params)
-            np.testing.assert_allclose(kernel(after.ema[f"{decay:g}"]), average, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(kernel(after.ema[ema.name(decay)]), average, rtol=1e-5, atol=1e-7)
     target = kernel(first.params)
     for after in states:
         target = 0.5 * target + 0.5 * kernel(after.params)
