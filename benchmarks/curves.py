@@ -6,7 +6,8 @@
 A curve is cut into 40 windows of equally many images, so that batch sizes compare. `oscillation`: the deviation of the log of the
 mean loss from one window to the next over the second half, when schedules change slowly. `ratio`: the last window over the first.
 `seconds`: of the steps, after those of the pre-training where there was one; compiling counts, as part of the first logged ones.
-Writes EXPERIMENT/curves.json and a plot, curves.png: a panel for each batch size, a line a work unit.
+Units that did not reach their last step are left out. Writes EXPERIMENT/curves.json and a plot, curves.png: a panel for each
+batch size, a line a work unit.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.study import finished
 from fid_imagegen.training.writers import read_metrics
 
 WINDOWS = 40
@@ -81,11 +83,10 @@ def plot(curves: list[dict], against: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def curve(unit: Path, against: str) -> dict:
+def curve(unit: Path, overrides: dict, against: str) -> dict:
     """What is reported of a work unit."""
     means, batch_size = windows(read_metrics(unit)), _config(unit)["batch_size"]
     places = np.linspace(0, 1, WINDOWS) if against == "images" else seconds(unit, batch_size)
-    overrides = json.loads((unit / "manifest.json").read_text())["overrides"]
     return overrides | {
         "arm": label(overrides),
         "batch_size": batch_size,
@@ -104,11 +105,13 @@ def main():
     )
     args = parser.parse_args()
     curves = []
-    for path in sorted(args.experiment.glob("*/manifest.json")):
-        curves.append(curve(path.parent, args.against))
-        print(path.parent.name, json.dumps({name: curves[-1][name] for name in ("oscillation", "ratio")}), flush=True)
+    for unit, overrides in finished(args.experiment):
+        curves.append(curve(unit, overrides, args.against))
+        print(unit.name, json.dumps({name: curves[-1][name] for name in ("oscillation", "ratio")}), flush=True)
     if not curves:
-        parser.error(f"found no work units in {args.experiment}, expected ROOT/EXPERIMENT of launch.run; correct it")
+        parser.error(
+            f"found no finished work units in {args.experiment}, expected ROOT/EXPERIMENT of launch.run; correct it"
+        )
     (args.experiment / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
     plot(curves, args.against, args.experiment / "curves.png")
 

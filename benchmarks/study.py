@@ -10,6 +10,7 @@ spreads are undecided. Units that did not reach their last step are left out. Wr
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,10 +27,15 @@ from fid_imagegen.tasks.generator import to_float
 JUDGED = 1000
 
 
-def finished(unit: Path) -> bool:
-    """Whether a work unit has the checkpoint of its last step."""
-    config = unit / "config.json"
-    return config.exists() and (unit / "checkpoints" / str(json.loads(config.read_text())["num_steps"])).exists()
+def finished(experiment: Path) -> Iterator[tuple[Path, dict]]:
+    """(folder, overrides) of the work units that have the checkpoint of their last step; says which have not."""
+    for manifest in sorted(experiment.glob("*/manifest.json")):
+        unit, config = manifest.parent, manifest.parent / "config.json"
+        last = json.loads(config.read_text())["num_steps"] if config.exists() else None
+        if (unit / "checkpoints" / str(last)).exists():
+            yield unit, json.loads(manifest.read_text())["overrides"]
+        else:
+            print(f"{unit.name}: left out, it has not reached its last step", flush=True)
 
 
 def score(folder: Path, extract, *, steps: int | None) -> dict[str, float]:
@@ -111,13 +117,10 @@ def main():
     if args.resize:
         extract = resized(extract, args.resize)
     units = []
-    for path in sorted(args.experiment.glob("*/manifest.json")):
-        if not finished(path.parent):
-            print(f"{path.parent.name}: left out, it has not reached its last step", flush=True)
-            continue
-        found = score(path.parent, extract, steps=args.steps)
-        units.append({"unit": path.parent.name, "overrides": json.loads(path.read_text())["overrides"], **found})
-        print(path.parent.name, found, flush=True)
+    for unit, overrides in finished(args.experiment):
+        found = score(unit, extract, steps=args.steps)
+        units.append({"unit": unit.name, "overrides": overrides, **found})
+        print(unit.name, found, flush=True)
     if not units:
         parser.error(
             f"found no finished work units in {args.experiment}, expected ROOT/EXPERIMENT of launch.run; correct --experiment"

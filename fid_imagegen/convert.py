@@ -29,16 +29,11 @@ CONFIG = flags.DEFINE_string(
 )
 OUT = flags.DEFINE_string("out", None, "the folder to make; must not exist", required=True)
 INPUTS = (DECODER, PRIOR, COMPRESSOR, AUTHORS, DECODER_CLIP, PRIOR_CLIP, MODEL, UNET)
-ALLOWED = (
-    {"decoder", "prior"},
-    {"decoder", "prior", "compressor"},
-    {"authors", "decoder_clip", "prior_clip"},
-    {"unet"},
-)
-RECIPES = {"stages": "configs/wuerstchen.py:published", "unet": "configs/imagenet64_cm_unet.py"}
+DIFFUSERS, AUTHORS_OWN = {"decoder", "prior"}, {"authors", "decoder_clip", "prior_clip"}
+ALLOWED = (DIFFUSERS, DIFFUSERS | {"compressor"}, AUTHORS_OWN, {"unet"})
 
 
-def write_stages(out: Path, files, config) -> None:
+def write_stages(out: Path, files) -> None:
     from fid_imagegen.interop.public_wuerstchen import TEXT_FILE, public_stages
     from fid_imagegen.interop.safetensors_io import save_tree
     from fid_imagegen.training.runs import write_params
@@ -49,15 +44,17 @@ def write_stages(out: Path, files, config) -> None:
             save_tree(folder / TEXT_FILE, stage.text, {"format": "pt"})
             (folder / "tokenizer.json").write_text(stage.tokenizer.json(), encoding="utf-8")
 
+    config = command.load_config(CONFIG.value or "configs/wuerstchen.py:published")
     for name, read in public_stages(files, config).items():
         write(out / name, read())
 
 
-def write_unet(out: Path, folder: Path, config) -> None:
+def write_unet(out: Path, folder: Path) -> None:
     from fid_imagegen.interop.unet import public_unet
     from fid_imagegen.training.runs import write_params
 
-    config, params = public_unet(folder, config)
+    recipe = command.load_config(CONFIG.value or "configs/imagenet64_cm_unet.py")
+    config, params = public_unet(folder, recipe)
     write_params(out, config, {"generator": params})
 
 
@@ -85,14 +82,13 @@ def main(argv):
             f"found {', '.join(f'--{name}' for name in given) or 'no input'} with --to={TO.value}, expected --decoder and "
             "--prior; --authors, --decoder_clip and --prior_clip; --unet; or --model with --to=diffusers"
         )
-    config = command.load_config(CONFIG.value or RECIPES["unet" if UNET.value else "stages"])
     with whole_folder(Path(OUT.value)) as out:
         if MODEL.value:
             write_diffusers(out, given["model"])
         elif UNET.value:
-            write_unet(out, given["unet"], config)
+            write_unet(out, given["unet"])
         else:
-            write_stages(out, authors_files(**given) if AUTHORS.value else diffusers_files(**given), config)
+            write_stages(out, authors_files(**given) if AUTHORS.value else diffusers_files(**given))
     print(f"converted: {OUT.value}")
 
 

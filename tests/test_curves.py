@@ -31,8 +31,8 @@ def test_too_few_losses_are_refused():
 
 
 def write_run(folder, losses, batch_size, rate=10.0):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"batch_size": batch_size}))
+    (folder / "checkpoints" / "7").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"batch_size": batch_size, "num_steps": 7}))
     text = "".join(json.dumps(line | {"images_per_second": rate}) + "\n" for line in lines(losses))
     (folder / "metrics.jsonl").write_text(text)
 
@@ -49,6 +49,8 @@ def test_a_report_of_an_experiment(tmp_path, monkeypatch):
         write_run(tmp_path / f"{number}", 1 + number + np.arange(80) / 80, batch)
         overrides = {"variant": variant, "batch_size": batch, "seed": number}
         (tmp_path / f"{number}" / "manifest.json").write_text(json.dumps({"overrides": overrides}))
+    (tmp_path / "waiting").mkdir()
+    (tmp_path / "waiting" / "manifest.json").write_text(json.dumps({"overrides": {"variant": "uvit", "seed": 0}}))
     found = report(tmp_path, monkeypatch)
     assert [(each["arm"], each["batch_size"], len(each["means"])) for each in found] == [
         ("unet", 32, 40),

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DModel (the public consistency models) <-> params of `models.unets.adm`.
+"""diffusers' UNet2DModel (the public consistency models of ImageNet 64) <-> params of `models.unets.adm`.
 
 Of its configurations those of ADM: `resnet_time_scale_shift="scale_shift"`, `downsample_type="resnet"` and
 `upsample_type="resnet"`. Its timesteps are 1000 * ln(sigma) / 4: the level that `ADM` takes, times its `level_scale`.
@@ -16,14 +16,24 @@ from ml_collections import ConfigDict
 
 from fid_imagegen.interop.state_dict import LEAVES, convert_state_dict, named_tensors, read_state_dict
 from fid_imagegen.models.unets.adm import ADM
+from fid_imagegen.models.unets.presets import UNETS
 
 REMEDY = (
     "download the folder unet of openai/diffusers-cd_imagenet64_l2 and give its diffusion_pytorch_model.safetensors"
 )
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What diffusers assumes where a config.json is silent, and an ADM always has.
+NEEDED = (
+    "sample_size",
+    "in_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "attention_head_dim",
+)
+# What diffusers assumes where a config.json is silent; all but the first an ADM always has.
 DEFAULTS = {
+    "norm_num_groups": 32,
     "act_fn": "silu",
     "norm_eps": 1e-5,
     "flip_sin_to_cos": True,
@@ -45,20 +55,23 @@ def public_unet(folder: Path, config: ConfigDict) -> tuple[ConfigDict, dict]:
     config = config.copy_and_resolve_references().unlock()
     config.data.update({"image_size": theirs["sample_size"], "channels": fields.pop("channels")})
     config.model.update({"network": "unet", "preset": "adm_64", "num_classes": fields.pop("num_classes")})
-    config.model.unet.update(fields)
+    # What the preset says is left to it, so that training by the same recipe may start from this model.
+    config.model.unet.update({name: value for name, value in fields.items() if value != UNETS["adm_64"][name]})
     model = ADM(config.data.channels, num_classes=config.model.num_classes, **fields)
     return config.lock(), load_unet(model, folder / WEIGHTS)
 
 
 def adm_fields(theirs: Mapping, source: str) -> dict:
     """The fields of the ADM that a UNet2DModel's config.json describes. ValueError for what no ADM is."""
+    if missing := [name for name in NEEDED if name not in theirs]:
+        raise ValueError(f"found no {', '.join(missing)} in {source}, expected the config of a UNet2DModel; {REMEDY}")
     fields = {
         "channels": theirs["in_channels"],
         "widths": tuple(theirs["block_out_channels"]),
         "blocks": theirs["layers_per_block"],
         "attention_levels": tuple(i for i, kind in enumerate(theirs["down_block_types"]) if kind.startswith("Attn")),
         "head_width": theirs["attention_head_dim"],
-        "groups": theirs["norm_num_groups"],
+        "groups": theirs.get("norm_num_groups", DEFAULTS["norm_num_groups"]),
         "num_classes": theirs.get("num_class_embeds") or 0,
     }
     wanted = DEFAULTS | json.loads(json.dumps(diffusers_config(ADM(**fields))))
@@ -66,9 +79,7 @@ def adm_fields(theirs: Mapping, source: str) -> dict:
     if differing := [
         f"{name} {found[name]!r}, expected {wanted[name]!r}" for name in wanted if found[name] != wanted[name]
     ]:
-        raise ValueError(
-            f"found a network in {source} of {'; '.join(differing)}; give a UNet2DModel of the consistency models"
-        )
+        raise ValueError(f"found a network in {source} of {'; '.join(differing)}; give one of ImageNet 64")
     return fields
 
 

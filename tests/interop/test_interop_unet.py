@@ -8,10 +8,12 @@ import pytest
 import safetensors.numpy
 from small_public import converted
 
-from fid_imagegen import ImageFunctionPipeline
+from configs import imagenet64_cm_unet
+from fid_imagegen import ImageFunctionPipeline, tasks
 from fid_imagegen.diffusion import samplers
 from fid_imagegen.diffusion.noise import NoiseRange, karras_sigma
 from fid_imagegen.diffusion.preconditioning import c_noise, c_skip, consistency_function, preconditioning
+from fid_imagegen.interop import unet
 from fid_imagegen.interop.state_dict import convert_state_dict
 from fid_imagegen.interop.unet import (
     WEIGHTS,
@@ -27,6 +29,8 @@ from fid_imagegen.models.rendering import render
 from fid_imagegen.models.unets.adm import ADM
 from fid_imagegen.models.unets.presets import build_unet
 from fid_imagegen.models.unets.score import ScoreBlock
+from fid_imagegen.tasks.borrowed import check_shared
+from fid_imagegen.training import warm_start
 
 SMALL = {"channels": 3, "widths": (8, 16), "blocks": 1, "attention_levels": (1,), "head_width": 4, "groups": 4}
 ODD = {"channels": 1, "widths": (6, 18, 12), "blocks": 2, "attention_levels": (0, 2), "head_width": 6, "groups": 3}
@@ -117,11 +121,35 @@ def test_a_public_model_is_converted_and_sampled(tmp_path):
     )
     found = render(functions, 8, 8)
     assert relative(found, f) <= 2e-2  # bfloat16
+    # Training with that network starts from it.
+    recipe = imagenet64_cm_unet.get_config().copy_and_resolve_references().unlock()
+    recipe.update_from_flattened_dict({"data.image_size": 8, "model.num_classes": 5})
+    recipe.model.unet.update(
+        {name: SMALL[name] for name in ("widths", "blocks", "attention_levels", "head_width", "groups")}
+    )
+    task = tasks.build(recipe)
+    abstract = {"generator": jax.eval_shape(task.init, jax.random.key(0))[0]["generator"]}
+    begun = warm_start.fill(abstract, {"generator": "../out"}, tmp_path / "run", task.borrowed)
+    jax.tree.map(np.testing.assert_array_equal, begun["generator"], random_params(model))
     with pytest.raises(FileNotFoundError, match="found no file .*config.json.*the folder unet of openai"):
         public_unet(tmp_path, pipe.config)
     other = write_public(tmp_path / "other", model, resnet_time_scale_shift="default", freq_shift=1)
     with pytest.raises(ValueError, match="(?s)freq_shift 1, expected 0.*scale_shift 'default', expected 'scale_shift'"):
         public_unet(other, pipe.config)
+
+
+def test_training_by_the_recipe_may_start_from_the_public_model(tmp_path, monkeypatch):
+    """Without the weights: its config says of the network what the recipe says."""
+    monkeypatch.setattr(unet, "load_unet", lambda model, path: {})
+    public = diffusers_config(build_unet("adm_64", channels=3, num_classes=1000)) | {"sample_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(public))
+    recipe = imagenet64_cm_unet.get_config()
+    config, _ = public_unet(tmp_path, recipe)
+    check_shared("generator", recipe, json.loads(config.to_json()), "out")
+    assert not any(config.model.unet.values())
+    (tmp_path / "config.json").write_text(json.dumps({name: public[name] for name in ("sample_size", "in_channels")}))
+    with pytest.raises(ValueError, match="found no block_out_channels, .*, expected the config of a UNet2DModel"):
+        public_unet(tmp_path, recipe)
 
 
 @pytest.mark.parity
