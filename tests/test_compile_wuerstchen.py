@@ -23,7 +23,8 @@ def small(stage, **changes):
 
 
 @pytest.mark.parametrize(
-    ("stage", "group", "before"), [("stage_b", "vqgan", "stage_a"), ("stage_c", "compressor", "stage_b")]
+    ("stage", "group", "before"),
+    [pytest.param("stage_b", "vqgan", "stage_a", marks=pytest.mark.slow), ("stage_c", "compressor", "stage_b")],
 )
 def test_the_step_without_arrays_is_the_loops(stage, group, before, random_stages, devices, tmp_path):
     devices(4)

@@ -243,7 +243,7 @@ def _global_mflop(images="digits"):
 
 
 @pytest.mark.parametrize("arm", ["local", "patches", "pixels", "dit", "uvit"])
-@pytest.mark.parametrize(("images", "margin"), [("digits", 0.06), ("faces", 0.1)])
+@pytest.mark.parametrize(("images", "margin"), [("digits", 0.06), pytest.param("faces", 0.1, marks=pytest.mark.slow)])
 def test_the_rivals_of_a_study_cost_the_same(arm, images, margin):
     config = _module("studies.generators").get_config(f"{images},{arm}")
     assert _mflop(config) == pytest.approx(_global_mflop(images), rel=margin)

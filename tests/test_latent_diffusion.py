@@ -15,7 +15,7 @@ QUICK = {"num_inference_steps": 2, "progress": False}
 STAGES = {"text_only": "stage_b", "ldm": "ldm"}
 
 
-@pytest.fixture(scope="module", params=STAGES)
+@pytest.fixture(scope="module", params=["ldm", pytest.param("text_only", marks=pytest.mark.slow)])
 def pipe(request, random_model):
     return LatentDiffusionPipeline.from_pretrained(random_model(request.param) / STAGES[request.param])
 

@@ -73,6 +73,7 @@ def at_step(workdir, step, *processes):
         assert wait_for(reached, process), output(workdir, index)
 
 
+@pytest.mark.slow  # one of two processes, below, is stopped in every suite
 def test_sigterm_saves_and_the_same_command_goes_on(start, uninterrupted, tmp_path, fifos):
     workdir = tmp_path / "run"
     process = start(workdir, *RECONSTRUCTION, RARELY, hold=f"5:{fifos[0]}")

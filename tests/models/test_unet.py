@@ -94,7 +94,7 @@ def test_heads_fill_the_width(head_width):
         abstract(TINY["adm"].clone(head_width=head_width), (4, 4))
 
 
-@models
+@pytest.mark.parametrize("model", [TINY["ncsnpp"], TINY["adm"]], ids=["ncsnpp", "adm"])
 def test_tangents_are_finite_differences(model, x):
     """In the image and in the level, in float64."""
     with jax.enable_x64(True):
@@ -133,7 +133,7 @@ def test_labels_and_dropout(name, x):
     assert np.abs(one - other).max() > 1e-3 and np.abs(one - first).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["ncsnpp", "adm"])
+@pytest.mark.parametrize("name", ["ncsnpp", pytest.param("adm", marks=pytest.mark.slow)])
 def test_remat_changes_nothing(name, x):
     def gradient(model):
         def loss(params):

@@ -12,7 +12,7 @@ from fid_imagegen.training.checkpoint import Checkpoints
 
 STEPS = 20
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
-SUITE = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
+SUITE = [(8, 1, 1), (2, 2, 2)]
 
 
 class Trained:

@@ -10,7 +10,7 @@ from configs import wuerstchen
 STEPS = 4
 
 
-@pytest.mark.parametrize("stage", ["stage_b", "stage_c"])
+@pytest.mark.parametrize("stage", [pytest.param("stage_b", marks=pytest.mark.slow), "stage_c"])
 def test_eight_devices_give_the_losses_of_one(stage, random_stages):
     def config(**changes):
         made = wuerstchen.get_config("runlocal")[stage]

@@ -84,7 +84,10 @@ def test_a_step_goes_to_the_end_and_back():
     np.testing.assert_allclose(back, cosine.add_noise(x0, noise, jnp.full(5, 0.4)), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "variant"), [("stage_c", ""), ("stage_c", "continuous"), ("stage_b", "")])
+@pytest.mark.parametrize(
+    ("stage", "variant"),
+    [("stage_c", ""), ("stage_c", "continuous"), pytest.param("stage_b", "", marks=pytest.mark.slow)],
+)
 def test_the_loss_moves_the_student_and_what_tells_it_the_scale(stage, variant, batch):
     """And neither a text encoder nor a compressor; their statistics stay."""
     task, every = tasks.build(config(stage, variant)), groups(stage)

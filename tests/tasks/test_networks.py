@@ -35,11 +35,23 @@ RIVALS = {
 }
 SAMPLERS = {"ct": "consistency", "edm": "heun", "meanflow": "flow"}  # an objective of each; others share the first
 COMPUTED = ("ect", "sct")  # objectives whose gradients are computed on every rival, not only traced
+# What the suite runs of all pairs: every objective, every network, the derivative through attention and through convolutions.
+SUITE = {("ect", network) for network in RIVALS} | {(objective, "function") for objective in OBJECTIVES}
+SUITE |= {("sct", "dit"), ("sct", "unet"), ("cd", "unet"), ("meanflow", "unet"), ("meanflow", "styled")}
 STYLED = RIVALS["dit"] | {"model.norm": "rms", "model.mlp": "swiglu", "model.rotary": True}
 
 
-@pytest.mark.parametrize("network", RIVALS)
-@pytest.mark.parametrize("objective", COMPUTED)
+def pairs(choose):
+    """Those of (objective, network) that `choose` takes; what is not in `SUITE` is slow."""
+    every = filter(choose, itertools.product(OBJECTIVES, ("function", "styled", *RIVALS)))
+    return [pytest.param(*pair, marks=[] if pair in SUITE else pytest.mark.slow) for pair in every]
+
+
+def computed(pair):
+    return pair[0] in COMPUTED and pair[1] in RIVALS
+
+
+@pytest.mark.parametrize(("objective", "network"), pairs(computed))
 def test_every_network_goes_through_the_same_task(tiny_task, random_params, batch, network, objective):
     task = tiny_task(RIVALS[network] | (DERIVATIVES["sct"] if objective == "sct" else {}) | {"model.num_classes": 3})
     params = random_params(task)
@@ -79,14 +91,7 @@ def test_what_a_config_says_reaches_the_network(tiny_task, changes, lacks):
         assert (model.kind.dtype, model.kind.weight_update, model.kind.width) == ("bfloat16", "low_rank", 16)
 
 
-@pytest.mark.parametrize(
-    ("objective", "network"),
-    [
-        pair
-        for pair in itertools.product(OBJECTIVES, ("function", "styled", *RIVALS))
-        if pair[0] not in COMPUTED or pair[1] not in RIVALS
-    ],
-)
+@pytest.mark.parametrize(("objective", "network"), pairs(lambda pair: not computed(pair)))
 def test_each_objective_runs_on_each_network(tiny_task, batch, network, objective):
     """By shapes alone: networks of meanflow are told two levels, that of cd has a teacher, of ct a target."""
     changes = {"objective": common.objective(objective), "distance": "l2"} | DERIVATIVES.get(objective, {})

@@ -132,6 +132,7 @@ def test_it_is_the_u_net_block_by_block(params, inputs, run):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_rematerialised_loop_equals_the_scan(inputs):
     params = random_params(ONE_RESOLUTION)
 

@@ -110,7 +110,7 @@ def test_initialisers_are_the_authors():
         assert not np.any(layer["bias"]), name
 
 
-@pytest.mark.parametrize("changes", [{"unroll": True}, {"remat": True}], ids=str)
+@pytest.mark.parametrize("changes", [pytest.param({"unroll": True}, marks=pytest.mark.slow), {"remat": True}], ids=str)
 def test_scan_and_remat_change_nothing(params, changes):
     value, gradient = value_and_gradient(StageB(**SMALL), params)
     close(value_and_gradient(StageB(**SMALL | changes), params), (value, gradient), 1e-5)
