@@ -4,8 +4,10 @@
     python -m benchmarks.study --experiment runs/faces --features resnet56 --weights cifar10_resnet56.npz --resize 32
 
 An arm is all work units that differ in nothing but `seed`. Of each: the Fréchet distance of samples to held-out images on named
-features, and for digits the share that a judge is sure of. Two arms whose means are closer than the larger of their seeds'
-spreads are undecided. Units that did not reach their last step are left out. Writes EXPERIMENT/study.json and a plot, study.png.
+features, for digits the share that a judge is sure of, and how well renders at twice and four times the training size, averaged
+back to it, agree with those at it (PSNR in dB): a distance on the training grid sees nothing of what lies between its pixels.
+Two arms whose means are closer than the larger of their seeds' spreads are undecided. Units that did not reach their last step
+are left out. Writes EXPERIMENT/study.json and a plot, study.png.
 """
 
 import argparse
@@ -22,9 +24,12 @@ from fid_imagegen.evaluation.features import FEATURES, Extract
 from fid_imagegen.evaluation.generation import frechet_report, native_samples
 from fid_imagegen.models.rendering import quantise
 from fid_imagegen.pipelines import ImageFunctionPipeline
+from fid_imagegen.pipelines.image_functions import RenderableFunctions
 from fid_imagegen.tasks.generator import to_float
 
 JUDGED = 1000
+ENLARGED = 64  # functions that are rendered at FACTORS times the training size
+FACTORS = (2, 4)
 
 
 def finished(experiment: Path) -> Iterator[tuple[Path, dict]]:
@@ -39,14 +44,23 @@ def finished(experiment: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def score(folder: Path, extract, *, steps: int | None) -> dict[str, float]:
-    """{"frechet", and of digits "judged"} of one work unit."""
+    """{"frechet", "psnr_2x", "psnr_4x", and of digits "judged"} of one work unit."""
     pipe = ImageFunctionPipeline.from_pretrained(folder)
     data = pipe.config.data
     num = len(sources.make_source(data, held_out=True))
     found = {"frechet": frechet_report(pipe, extract, num=num, steps=steps)["samples"]}
     if data.source == "digits":
         found["judged"] = DigitJudge(data).judge(native_samples(pipe, JUDGED, steps=steps))["confident"]
-    return found
+    functions = pipe.generate(ENLARGED, steps=steps)
+    return found | {f"psnr_{factor}x": agreement(functions, data.image_size, factor) for factor in FACTORS}
+
+
+def agreement(functions: RenderableFunctions, size: int, factor: int) -> float:
+    """PSNR in dB, over all of them, of renders at `factor` x `size`, averaged factor x factor, against those at `size`."""
+    large = functions.render(factor * size, factor * size).astype(np.float64)
+    averaged = large.reshape(len(large), size, factor, size, factor, -1).mean((2, 4))
+    error = np.mean((averaged - functions.render(size, size)) ** 2)
+    return float(10 * np.log10(255**2 / error))
 
 
 def resized(extract: Extract, size: int) -> Extract:
@@ -125,7 +139,7 @@ def main():
         parser.error(
             f"found no finished work units in {args.experiment}, expected ROOT/EXPERIMENT of launch.run; correct --experiment"
         )
-    metrics = [metric for metric in ("frechet", "judged") if metric in units[0]]
+    metrics = [metric for metric in units[0] if metric not in ("unit", "overrides")]
     grouped = arms(units)
     table = {name: {metric: summary(group, metric) for metric in metrics} for name, group in grouped.items()}
     best = min(table, key=lambda name: table[name]["frechet"]["mean"])

@@ -44,7 +44,8 @@ def test_a_gap_below_the_seeds_spread_is_undecided(tmp_path):
 
 
 def test_a_unit_is_scored_against_what_was_held_out(monkeypatch):
-    pipe, asked = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(source="digits"))), []
+    data, asked = SimpleNamespace(source="digits", image_size=4), []
+    pipe = SimpleNamespace(config=SimpleNamespace(data=data), generate=lambda num, *, steps: (num, steps))
 
     def report(pipe, extract, **settings):
         asked.append(settings)
@@ -55,8 +56,24 @@ def test_a_unit_is_scored_against_what_was_held_out(monkeypatch):
     monkeypatch.setattr(study, "frechet_report", report)
     monkeypatch.setattr(study, "native_samples", lambda pipe, num, *, steps: (num, steps))
     monkeypatch.setattr(study, "DigitJudge", lambda data: SimpleNamespace(judge=lambda images: {"confident": images}))
-    assert study.score("folder", None, steps=2) == {"frechet": 0.5, "judged": (1000, 2)}
+    monkeypatch.setattr(study, "agreement", lambda functions, size, factor: (*functions, size, factor))
+    sizes = {"psnr_2x": (64, 2, 4, 2), "psnr_4x": (64, 2, 4, 4)}
+    assert study.score("folder", None, steps=2) == {"frechet": 0.5, "judged": (1000, 2)} | sizes
     assert asked == [{"num": 7, "steps": 2}]
+
+
+def test_large_renders_are_averaged_back_to_the_small():
+    """One function is brighter where it is rendered larger, the other has stripes there that average out."""
+
+    def render(height, width):
+        images, large = np.full((2, height, width, 1), 100, np.uint8), height > 4
+        images[0] += 10 * large
+        images[1, ::2] += 20 if large else 10
+        images[1, 1::2] += 0 if large else 10
+        return images
+
+    found = study.agreement(SimpleNamespace(render=render), 4, 2)
+    assert found == pytest.approx(10 * np.log10(255**2 / (10**2 / 2)))
 
 
 def test_the_report_sets_every_arm_against_the_best(tmp_path, monkeypatch):
