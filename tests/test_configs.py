@@ -265,7 +265,7 @@ def test_longer_training_costs_what_pretraining_does():
 def test_every_batch_size_sees_the_same_images():
     for point in _module("studies.batches").get_sweep()["batch"]:
         assert point["batch_size"] * point["num_steps"] == pytest.approx(96_000, rel=0.02)
-        assert point["batch_size"] // point["accumulate"] <= 512
+        assert point["batch_size"] // point["accumulate"] <= 128
 
 
 @pytest.mark.parametrize(("name", "arg"), [case for case in CASES if "runlocal" in case[1]])
