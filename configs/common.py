@@ -146,7 +146,7 @@ def base() -> ConfigDict:
     config.model.unet.fourier_scale = config_dict.placeholder(float)  # ncsnpp: 16; 0.02 for sct and meanflow
     config.model.num_classes = 0  # 0: unconditional
     config.model.dropout = 0.0
-    config.model.norm = "layer"  # this and the next three: of function and dit; layer, rms
+    config.model.norm = "layer"  # this and the next three: of function and dit, qk_norm of uvit too; layer, rms
     config.model.mlp = "gelu"  # gelu, swiglu
     config.model.qk_norm = False  # of queries and keys, for objectives that differentiate in the level
     config.model.rotary = False  # rotary positions of image tokens, beside the fixed ones

@@ -40,6 +40,7 @@ class UViTBlock(nn.Module):
     """Where a skip comes in, Dense over it and the tokens; then attention and MLP, both pre-norm and residual."""
 
     heads: int
+    qk_norm: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -49,7 +50,10 @@ class UViTBlock(nn.Module):
             both = jnp.concatenate([x, skip], axis=-1)
             x = Dense(x.shape[-1], kernel_init=NORMAL, dtype=self.dtype, name="join")(both)
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_attention")(x)
-        h = Attention(self.heads, use_bias=False, kernel_init=NORMAL, dtype=self.dtype, name="attention")(h, h)
+        attention = Attention(
+            self.heads, use_bias=False, qk_norm=self.qk_norm, kernel_init=NORMAL, dtype=self.dtype, name="attention"
+        )
+        h = attention(h, h)
         x = x + nn.Dropout(self.dropout)(h, deterministic)
         h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_mlp")(x)
         h = FeedForward(exact=True, kernel_init=NORMAL, dtype=self.dtype, name="mlp")(h)
@@ -64,6 +68,7 @@ class UViT(nn.Module):
     its counterpart, the last of the encoder's first. The scanned stack `encoder` holds the middle block as its last.
     num_classes: of real labels; label `num_classes` is the null class, for classifier-free guidance as in `dit.DiT`. The
     authors' ImageNet-64 models lack it: their tables are a row shorter.
+    qk_norm: `layers.Attention`'s; the authors' models have none.
     level_scale: what c_noise is multiplied by; sin-cos embeddings are made for 0..1000.
     """
 
@@ -74,6 +79,7 @@ class UViT(nn.Module):
     heads: int
     depth: int
     num_classes: int = 0
+    qk_norm: bool = False
     level_scale: float = 1000.0
     dropout: float = 0.0
     remat: bool = False
@@ -112,6 +118,7 @@ class UViT(nn.Module):
             "unroll": self.unroll,
             "static_argnums": (3,),
             "heads": self.heads,
+            "qk_norm": self.qk_norm,
             "dropout": self.dropout,
             "dtype": self.dtype,
         }

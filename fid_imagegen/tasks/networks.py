@@ -58,9 +58,10 @@ def _dit(config) -> DiT:
 
 
 def _uvit(config) -> UViT:
-    _check_unstyled(config.model)
-    size = 2 * (grid_size(config),)
-    return UViT(size, channels=config.data.channels, **_sizes(config.model, UVITS), **_common(config.model))
+    model, size = config.model, 2 * (grid_size(config),)
+    _check_unstyled(model, but="qk_norm")
+    own = {"channels": config.data.channels, "qk_norm": model.qk_norm}
+    return UViT(size, **own, **_sizes(model, UVITS), **_common(model))
 
 
 def _unet(config):
@@ -94,9 +95,9 @@ def _style(model) -> BlockStyle:
     return BlockStyle(**{field.name: model[field.name] for field in dataclasses.fields(BlockStyle)})
 
 
-def _check_unstyled(model) -> None:
+def _check_unstyled(model, *, but: str = "") -> None:
     for field in dataclasses.fields(BlockStyle):
-        if model[field.name] != field.default:
+        if field.name != but and model[field.name] != field.default:
             raise ValueError(
                 f"found model.{field.name} with network {model.network!r}, which has no such choice; "
                 f"set config.model.{field.name}={field.default!r}"

@@ -11,7 +11,7 @@ from fid_imagegen.models.uvit import UViT
 
 MODELS = {
     "dit": DiT(channels=3, patch=2, width=16, heads=2, depth=2, num_classes=3, style=BlockStyle(qk_norm=True)),
-    "uvit": UViT(image_size=(4, 6), channels=3, patch=2, width=16, heads=2, depth=4, num_classes=3),
+    "uvit": UViT(image_size=(4, 6), channels=3, patch=2, width=16, heads=2, depth=4, num_classes=3, qk_norm=True),
 }
 LEVELS = jnp.asarray([[-1.0], [0.7]])
 LABELS = jnp.asarray([2, 0])

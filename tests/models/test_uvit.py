@@ -122,7 +122,12 @@ def test_what_does_not_fit(changes, shape, labels, message):
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_classes": 0, "channels": 1, "image_size": (9, 3), "patch": 3, "depth": 2, "heads": 4}]
+    "changes",
+    [
+        {},
+        {"qk_norm": True},
+        {"num_classes": 0, "channels": 1, "image_size": (9, 3), "patch": 3, "depth": 2, "heads": 4},
+    ],
 )
 def test_a_torch_twin_returns_the_same(changes):
     """The twin is written from the paper's figure: a list of skips, and a convolution for patches."""
@@ -149,6 +154,9 @@ def test_a_torch_twin_returns_the_same(changes):
             dense(q["attention"][name], h).unflatten(-1, (model.heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         ]
+        if model.qk_norm:
+            scales = (q["attention"][name]["scale"] for name in ("query_norm", "key_norm"))
+            heads[:2] = (F.rms_norm(x, x.shape[-1:], s, eps=1e-6) for x, s in zip(heads, scales, strict=False))
         h = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         x = x + dense(q["attention"]["out"], h)
         return x + dense(q["mlp"]["down"], F.gelu(dense(q["mlp"]["up"], norm(q["norm_mlp"], x))))

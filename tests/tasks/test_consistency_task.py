@@ -291,7 +291,10 @@ def test_lpips_without_its_weights_names_the_file(tiny_task, tmp_path):
             DERIVATIVES["sct"] | {"model.network": "unet", "model.preset": "ncsnpp_32"},
             "found a level embedding of 101 radians .*fourier_scale=0.02",
         ),
-        ({"model.network": "uvit", "model.qk_norm": True}, "found model.qk_norm with network 'uvit'"),
+        (
+            {"model.network": "unet", "model.preset": "ncsnpp_32", "model.qk_norm": True},
+            "found model.qk_norm with network 'unet'",
+        ),
         ({"model.network": "uvit", "model.norm": "rms"}, "found model.norm with network 'uvit'.*model.norm='layer'"),
         ({"model.network": "uvit", "model.rotary": True}, "found model.rotary with network 'uvit'.*rotary=False"),
         (

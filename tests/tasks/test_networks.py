@@ -27,7 +27,7 @@ RIVALS = {
         "model.unet.attention_levels": (1,),
         "model.unet.fourier_scale": 0.02,
     },
-    "uvit": {"model.network": "uvit", "model.heads": 2, "model.depth": 2},
+    "uvit": {"model.network": "uvit", "model.heads": 2, "model.depth": 2, "model.qk_norm": True},
     "low_rank": {"model.weight_update": "low_rank", "model.integrated": True},
     "local": {"model.function": "local64"} | UNSET,
     "patches": {"model.function": "patch32"} | UNSET,
@@ -117,3 +117,8 @@ def test_a_network_has_the_style_of_its_config(tiny_task, network):
     style = tiny_task(styled | {"model.network": network}).model.style
     assert style == BlockStyle(norm="rms", mlp="swiglu", qk_norm=True, rotary=True)
     assert tiny_task({"model.network": network}).model.style == BlockStyle()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_uvit_norms_queries_and_keys_where_its_config_says_so(tiny_task, qk_norm):
+    assert tiny_task({"model.network": "uvit", "model.qk_norm": qk_norm}).model.qk_norm == qk_norm
