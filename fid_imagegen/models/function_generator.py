@@ -25,6 +25,7 @@ from fid_imagegen.models.layers import (
     patchify,
     sin_cos_positions,
     stack,
+    unpatchify,
 )
 from fid_imagegen.models.local_function import LOCAL_PRESETS, LocalMLP
 from fid_imagegen.models.patch_function import PATCH_PRESETS, PatchMLP
@@ -106,7 +107,10 @@ class FunctionPredictor(nn.Module):
 
 
 class LocalPredictor(nn.Module):
-    """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features."""
+    """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features.
+
+    Features of pixels are then joined by a 3x3 convolution, zeros at first: a patch alone draws tiles that do not fit together.
+    """
 
     kind: LocalMLP | PatchMLP | PixelMLP
     width: int
@@ -134,6 +138,10 @@ class LocalPredictor(nn.Module):
         angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
         tokens = norm("head_norm", affine=True, dtype=self.dtype)(blocks(features, context, angles)[0])
         made = Dense(self.kind.features, dtype=self.dtype, name="head")(tokens)
+        if isinstance(self.kind, PixelMLP):
+            x = unpatchify(made, self.kind.patch, self.kind.rows)
+            join = nn.Conv(self.kind.values, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="join")
+            made = patchify(x + join(nn.gelu(x)), self.kind.patch)
         return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
 
 

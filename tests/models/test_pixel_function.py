@@ -8,6 +8,7 @@ from scipy.interpolate import CubicHermiteSpline
 
 from fid_imagegen.models.function_generator import FunctionGenerator, function_kind
 from fid_imagegen.models.image_function import ImageFunctions, evaluate, pixel_cell, pixel_grid
+from fid_imagegen.models.layers import unpatchify
 from fid_imagegen.models.pixel_function import PixelMLP, _interpolated
 from fid_imagegen.models.rendering import render
 from fid_imagegen.tasks.generator import render_native
@@ -65,9 +66,19 @@ def test_the_generator_makes_functions_of_pixels():
     assert (kind.rows, kind.patch, kind.values, kind.width) == (2, 4, 16, 6)
     model = FunctionGenerator(kind, image_size=8, patch=4, width=16, heads=2, extractor_depth=1, predictor_depth=1)
     x, levels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 1)), jnp.float32), jnp.zeros((2, 1))
-    made, _ = jax.jit(model.init_with_output)(jax.random.key(0), x, levels)
+    made, variables = jax.jit(model.init_with_output)(jax.random.key(0), x, levels)
     assert made.per_image["features"].shape == (2, 2, 2, kind.features)
     assert np.isfinite(render(made, 20, 13)).all()
+    # What a patch says of its pixels, and what a convolution over all of them, zeros at first, adds.
+    pixels = lambda functions: unpatchify(functions.per_image["features"].reshape(2, 4, -1), 4, 2)  # noqa: E731
+    alone, rng = np.asarray(pixels(made)), np.random.default_rng(1)
+    join = jax.tree.map(lambda zeros: rng.standard_normal(zeros.shape), variables["params"]["predictor"]["join"])
+    variables["params"]["predictor"]["join"] = join
+    assert np.abs(alone).max() > 0.1 and join["kernel"].shape == (3, 3, 16, 16)
+    around = np.pad(jax.nn.gelu(alone), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    terms = [around[:, p : p + 8, q : q + 8] @ join["kernel"][p, q] for p, q in np.ndindex(3, 3)]
+    expected = alone + sum(terms) + join["bias"]
+    np.testing.assert_allclose(pixels(jax.jit(model.apply)(variables, x, levels)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fewer_features_than_channels_are_refused():
