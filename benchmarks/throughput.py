@@ -47,6 +47,8 @@ def configure(generator: str, args: argparse.Namespace):
     config = common.base()
     config.model.update({"network": generator, "preset": args.preset, "patch": args.patch, "dtype": args.dtype})
     config.model.unroll = True
+    if generator == "function":  # the paper's
+        config.model.function, config.variational = "5x64" if args.preset == "tiny" else "5x256", True
     if generator == "unet":
         if args.preset not in UNETS:
             raise ValueError(f"found preset {args.preset!r} of unet, expected one of {sorted(UNETS)}; change --preset")

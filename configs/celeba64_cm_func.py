@@ -23,7 +23,6 @@ def build(image_size: int, arg: str):
     )
     config.model.update({"preset": "S", "patch": image_size // 16, "dtype": "bfloat16"})
     config.optimizers.generator = common.optimizer("radam", 1e-4, grad_clip=1.0)
-    config.pretrain.update({"num_steps": 48_000, "batch_size": 128})
     return common.finish(config, arg, {"paper": paper, "runlocal": runlocal})
 
 

@@ -129,7 +129,7 @@ def base() -> ConfigDict:
     config.model.predictor_depth = config_dict.placeholder(int)
     config.model.function = config_dict.placeholder(
         str
-    )  # global: 5x256, 5x128, 5x64; of a place: local256, local128, local64, patch64, patch32, pixel128, pixel64, pixel32
+    )  # of a place: pixel128, pixel64, pixel32, patch64, patch32, local256, local128, local64; global: 5x256, 5x128, 5x64
     config.model.function_width = config_dict.placeholder(int)
     config.model.function_depth = config_dict.placeholder(int)
     config.model.bands = config_dict.placeholder(int)
@@ -164,7 +164,7 @@ def base() -> ConfigDict:
     # Of the noise, where not the images' own: the function is held to windows of the images at random sizes.
     config.grid, config.window = 0, 0  # 0: the images' size; whole images, at their own size
     config.label_dropped = 0.0  # share of labels replaced by the null class, for classifier-free guidance
-    config.variational = True  # variational coordinates
+    config.variational = False  # variational coordinates
     config.render_chunk = 4096  # coordinates rendered at once in training
 
     config.optimizers.generator = optimizer("radam", 1e-4)
@@ -186,7 +186,7 @@ def paper(config: ConfigDict, *, images: int) -> None:
     """
     config.batch_size, config.num_steps = 32, 800_000
     config.model.update({"preset": "S", "function": "5x256", "cutoff": "1024", "dtype": "float32"})
-    config.preconditioning, config.distance = "edm", "lpips"
+    config.preconditioning, config.distance, config.variational = "edm", "lpips", True
     config.lpips.update({"vgg16": "vgg16-397923af.pth", "heads": "lpips_v0.1_linear_heads.npz"})
     config.objective = objective("ct")
     config.optimizers.generator = optimizer("radam", 4e-4)
@@ -206,7 +206,7 @@ def runlocal(config: ConfigDict) -> ConfigDict:
         config.model.unet.update({"blocks": 1, "widths": (16, 16), "attention_levels": (1,), **own})
     else:
         config.model.preset = "tiny"
-    if not (config.model.function or "").startswith(("local", "patch", "pixel")):
+    if (config.model.function or "pixel")[0].isdigit():  # a global function
         config.model.update({"function_width": 16, "function_depth": 3, "bands": 4, "groups": 4})
     config.pretrain.update({"num_steps": min(4, config.pretrain.num_steps), "batch_size": 8, "checkpoint_every": 4})
     config.checkpoint.every = 4

@@ -15,10 +15,11 @@ def get_config(arg: str = ""):
     config.data.update({"source": "digits", "image_size": 8, "channels": 1, "holdout_every": 4})
     # Four tokens of 4x4 pixels and four predicted columns a layer: what 2 cores can train in minutes.
     config.model.update({"patch": 4, "width": 96, "heads": 4, "extractor_depth": 4, "predictor_depth": 2})
-    # At 8 px the function must be smooth between pixels: ReLU adds harmonics to its features, and jittered coordinates teach it
-    # pixel-shaped plateaus, so that half the Nyquist rate and clean coordinates gave the better strokes to the eye.
-    config.model.update({"function_width": 64, "function_depth": 3, "bands": 8, "groups": 4, "cutoff": "2"})
-    config.variational = False
+    # Global functions: of digits enlarged 16 times nearly all lies between pixels. It must be smooth: ReLU adds harmonics to
+    # its features, and jittered coordinates teach it pixel-shaped plateaus, so that half the Nyquist rate and clean coordinates
+    # gave the better strokes to the eye.
+    config.model.update({"function": "5x64", "function_width": 64, "function_depth": 3, "bands": 8, "groups": 4})
+    config.model.cutoff = "2"
     config.model.update({"weight_update": "scale", "unroll": True})
     config.objective = common.objective("ect", stages=6, log_mean=0.3, log_deviation=1.5)
     config.optimizers.generator = common.optimizer(

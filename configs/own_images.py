@@ -16,7 +16,6 @@ def get_config(arg: str = ""):
     config.data.update({"source": "folder", "image_size": 64, "channels": 3, "flip": True, "holdout_every": 10})
     config.model.update({"preset": "S", "patch": 4, "dtype": "bfloat16"})
     config.optimizers.generator = common.optimizer("radam", 1e-4, grad_clip=1.0)
-    config.pretrain.update({"num_steps": 20_000, "batch_size": 128})
     return common.finish(config, arg, {"cpu": cpu})
 
 

@@ -76,9 +76,9 @@ def tiny():
         config = common.base()
         config.data.update({"source": "synthetic", "image_size": 4, "channels": 1})
         config.model.update({"width": 16, "heads": 2, "extractor_depth": 1, "predictor_depth": 1})
-        config.model.update({"function_width": 8, "function_depth": 2, "bands": 2, "groups": 2})
+        config.model.update({"function": "5x64", "function_width": 8, "function_depth": 2, "bands": 2, "groups": 2})
         config.objective = common.objective(objective_name)
-        config.update({"batch_size": 8, "num_steps": 6, "ema_decays": (0.9,)})
+        config.update({"batch_size": 8, "num_steps": 6, "ema_decays": (0.9,), "variational": True})
         config.log.update({"every": 1, "sample_every": 1000, "num_samples": 2, "tensorboard": False})
         config.checkpoint.update({"every": 2, "keep": 3})
         config.sharding.min_size = 0

@@ -61,6 +61,17 @@ def test_all_configs_are_seen():
         assert "paper" in _arguments(name)
 
 
+@pytest.mark.parametrize("name", ["cifar10_cm_func", "celeba64_cm_func", "celeba128_cm_func", "own_images"])
+def test_functions_are_of_pixels_and_the_papers_global(name):
+    config = _module(name).get_config()
+    kind = tasks.build(config).model.kind
+    assert (type(kind).__name__, kind.rows * kind.patch) == ("PixelMLP", config.data.image_size)
+    assert (config.variational, config.pretrain.num_steps) == (False, 0)
+    if "paper" in _arguments(name):
+        paper = _module(name).get_config("paper")
+        assert (paper.model.function, paper.variational) == ("5x256", True) and paper.pretrain.num_steps > 10_000
+
+
 @pytest.mark.parametrize(("name", "arg"), CASES)
 def test_every_variant_is_locked_complete_and_json(name, arg):
     config = _module(name).get_config(arg)

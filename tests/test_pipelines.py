@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ from configs import common
 from fid_imagegen import ImageFunctionPipeline, RenderableFunctions
 from fid_imagegen.interop.safetensors_io import save_tree
 from fid_imagegen.models import rendering
+from fid_imagegen.models.coordinate_mlp import CoordinateMLP
 from fid_imagegen.pipelines import image_functions
 from fid_imagegen.training.runs import write_config
 
@@ -115,7 +114,7 @@ def test_other_kinds_of_functions_are_saved_too(changes, tmp_path):
 
 def test_every_field_of_a_function_is_saved(functions, tmp_path):
     unusual = {"activation": "sine", "cutoff": 1 / 3, "omega": 0.1, "weight_update": "normalize", "dtype": "bfloat16"}
-    kind = dataclasses.replace(functions.functions.kind, **unusual)
+    kind = CoordinateMLP(channels=1, **unusual)
     RenderableFunctions(functions.functions.replace(kind=kind)).save(tmp_path / "f.safetensors")
     assert RenderableFunctions.load(tmp_path / "f.safetensors").functions.kind == kind
 

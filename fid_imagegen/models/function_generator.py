@@ -32,12 +32,13 @@ from fid_imagegen.models.patch_function import PATCH_PRESETS, PatchMLP
 from fid_imagegen.models.pixel_function import PIXEL_PRESETS, PixelMLP
 from fid_imagegen.models.products import Dense
 
-# The predictor holds less than half of the parameters, as the paper says. S has DiT-S's trunk, B and L the wider ones.
+# Functions of pixels (docs/decisions/0011); the paper's are global, 5x256. The predictor holds less than half of the parameters,
+# as the paper says. S has DiT-S's trunk, B and L the wider ones.
 PRESETS = {
-    "tiny": {"width": 128, "heads": 4, "extractor_depth": 4, "predictor_depth": 2, "function": "5x64"},
-    "S": {"width": 384, "heads": 6, "extractor_depth": 12, "predictor_depth": 6, "function": "5x256"},
-    "B": {"width": 512, "heads": 8, "extractor_depth": 16, "predictor_depth": 8, "function": "5x256"},
-    "L": {"width": 768, "heads": 12, "extractor_depth": 20, "predictor_depth": 10, "function": "5x256"},
+    "tiny": {"width": 128, "heads": 4, "extractor_depth": 4, "predictor_depth": 2, "function": "pixel32"},
+    "S": {"width": 384, "heads": 6, "extractor_depth": 12, "predictor_depth": 6, "function": "pixel64"},
+    "B": {"width": 512, "heads": 8, "extractor_depth": 16, "predictor_depth": 8, "function": "pixel64"},
+    "L": {"width": 768, "heads": 12, "extractor_depth": 20, "predictor_depth": 10, "function": "pixel128"},
 }
 
 # Presets of the image functions, by kind.

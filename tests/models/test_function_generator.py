@@ -58,23 +58,27 @@ def distance(a, b):
 
 # At 64 px, patch 4, RGB, unconditional: (all, predictor with the shared function).
 PARAMETERS = {
-    "tiny": (1_859_398, 616_390),
-    "S": (47_231_494, 15_046_534),
-    "B": (110_706_694, 34_667_014),
-    "L": (309_320_710, 95_928_070),
+    ("tiny", None): (1_807_123, 564_115),
+    ("S", None): (46_580_899, 14_395_939),
+    ("B", None): (109_923_619, 33_883_939),
+    ("L", None): (308_274_979, 94_882_339),
+    ("tiny", "5x64"): (1_859_398, 616_390),
+    ("S", "5x256"): (47_231_494, 15_046_534),
+    ("B", "5x256"): (110_706_694, 34_667_014),
+    ("L", "5x256"): (309_320_710, 95_928_070),
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_parameters_of_the_presets(preset):
-    sizes = dict(PRESETS[preset])
+@pytest.mark.parametrize(("preset", "function"), PARAMETERS)
+def test_parameters_of_the_presets(preset, function):
+    sizes = PRESETS[preset] | ({"function": function} if function else {})
     kind = function_kind(sizes.pop("function"), channels=3, image_size=64, patch=4, cutoff="nyquist")
     model = FunctionGenerator(kind=kind, image_size=64, patch=4, **sizes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 1)))["params"]
     total, predictor = (
         sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes, [shapes["predictor"], shapes["function"]])
     )
-    assert (total, predictor) == PARAMETERS[preset]
+    assert (total, predictor) == PARAMETERS[preset, function]
     assert predictor < total / 2  # as the paper says
 
 
