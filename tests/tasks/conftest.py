@@ -14,7 +14,9 @@ def tiny_task():
     """tiny_task({"model.dropout": 0.5, ...}) -> a task of a tiny config with these changes."""
 
     def make(changes=()):
-        config = common.runlocal(common.base())
+        config = common.base()
+        config.model.function, config.variational = "5x64", True  # global, the kind of most fields
+        common.runlocal(config)
         config.data.update({"source": "digits", "image_size": 8, "channels": 1})
         config.model.update({"patch": 4, "width": 16, "weight_update": "scale"})
         config.update_from_flattened_dict(dict(changes))
