@@ -94,7 +94,7 @@ def test_heads_fill_the_width(head_width):
         abstract(TINY["adm"].clone(head_width=head_width), (4, 4))
 
 
-@pytest.mark.parametrize("model", [TINY["ncsnpp"], TINY["adm"]], ids=["ncsnpp", "adm"])
+@models
 def test_tangents_are_finite_differences(model, x):
     """In the image and in the level, in float64."""
     with jax.enable_x64(True):

@@ -78,7 +78,8 @@ def test_a_dimension_that_does_not_divide_stays_whole_and_is_logged(mesh, absl_l
 
 
 @pytest.mark.parametrize(
-    ("network", "preset"), [("unet", "ncsnpp_32"), ("unet", "adm_64"), ("uvit", "tiny"), ("dit", "tiny")]
+    ("network", "preset"),
+    [("unet", "ncsnpp_32"), ("unet", "adm_64"), ("uvit", "tiny"), ("dit", "tiny"), ("function", "tiny")],
 )
 def test_every_network_lies_on_a_mesh_by_the_rules_of_the_configs(network, preset, mesh):
     config = common.base()

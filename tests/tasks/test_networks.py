@@ -121,4 +121,7 @@ def test_a_network_has_the_style_of_its_config(tiny_task, network):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_uvit_norms_queries_and_keys_where_its_config_says_so(tiny_task, qk_norm):
-    assert tiny_task({"model.network": "uvit", "model.qk_norm": qk_norm}).model.qk_norm == qk_norm
+    task = tiny_task(RIVALS["uvit"] | {"model.qk_norm": qk_norm})
+    params = jax.eval_shape(task.init, jax.random.key(0))[0]["generator"]
+    for stack in ("encoder", "decoder"):
+        assert ("query_norm" in params[stack]["attention"], "key_norm" in params[stack]["attention"]) == 2 * (qk_norm,)

@@ -74,7 +74,6 @@ def test_a_loss_reaches_every_trained_group_and_tells_its_statistics(stage, batc
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(grads[group])) > 0
 
 
-@pytest.mark.slow
 def test_each_side_of_stage_a_stops_at_the_other(batch):
     """With the adversarial weight at zero the tokenizer's gradient is that of reconstruction: the judge's loss adds nothing."""
     _, stats, _ = groups("stage_a")

@@ -70,7 +70,6 @@ def shapes(monkeypatch):
     return seen
 
 
-@pytest.mark.slow
 def test_stage_c_in_buckets_is_the_same_interrupted_and_resumed(config, tmp_path, devices, stop_at, shapes):
     devices(1)
     stop_at(5)  # before the last step, which makes previews

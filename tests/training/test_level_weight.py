@@ -27,10 +27,16 @@ def weighted(devices, tiny):
     return config.lock()
 
 
-def test_a_weight_is_trained_saved_and_not_shared(weighted, tmp_path):
+def test_a_weight_is_trained_saved_and_resumed(weighted, tmp_path, stop_at):
+    assert train(weighted, tmp_path / "whole")
+    stop_at(4)
+    assert not train(weighted, tmp_path / "run")
+    stop_at(None)
     assert train(weighted, tmp_path / "run")
-    kept = [name for name in resume_campaign.last_state(tmp_path / "run") if "['level_weight']" in name]
+    whole, resumed = (resume_campaign.last_state(tmp_path / name) for name in ("whole", "run"))
+    kept = [name for name in whole if "['level_weight']" in name]
     assert {name.partition("]")[0] for name in kept} == {"['params'", "['ema'", "['opt_state'"}
+    assert whole == resumed
     _, groups = runs.read_params(tmp_path / "run")
     cosines = np.asarray(groups["level_weight"]["cosines"])
     assert cosines.shape == (16,) and 0 < cosines[0] < 0.061  # upwards, for the loss is below 1; Adam's steps of 0.01
