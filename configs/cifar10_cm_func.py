@@ -40,7 +40,7 @@ def cpu(config):
     config.optimizers.generator = common.optimizer(
         "adam", 2e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
     )
-    config.update({"num_steps": 2500, "batch_size": 64, "ema_decays": (0.999,), "variational": False})
+    config.update({"num_steps": 2500, "batch_size": 64, "ema_decays": (0.999,)})
     config.pretrain.update({"num_steps": 1000, "batch_size": 64, "checkpoint_every": 100})
     config.pretrain.optimizers.generator = common.optimizer("adam", 3e-3, warmup_steps=50, schedule="cosine", b2=0.99)
     config.checkpoint.every = 500

@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
         {"network": "unet", "preset": "adm_64", "num_classes": 1000, "dtype": "bfloat16", "remat": True}
     )
     config.sharding.rules = common.UNET_RULES
-    config.preconditioning, config.batch_size, config.num_steps, config.variational = "edm", 512, 200_000, False
+    config.preconditioning, config.batch_size, config.num_steps = "edm", 512, 200_000
     config.optimizers.generator = common.optimizer("radam", 1e-4, grad_clip=1.0)
     return common.finish(config, arg, {"runlocal": runlocal})
 

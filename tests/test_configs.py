@@ -266,6 +266,13 @@ def test_what_a_study_changes_is_relative_to_its_images():
     assert _module("studies.functions").get_config("faces").model.cutoff == "nyquist"
 
 
+def test_every_set_of_images_is_named_before_a_studys_arm():
+    dit = {name: _module("studies.generators").get_config(f"{name},dit") for name in ("digits", "faces", "cifar10")}
+    found = {name: (config.data.source, config.data.image_size, config.num_steps) for name, config in dit.items()}
+    assert found == {"digits": ("digits", 8, 1500), "faces": ("folder", 16, 600), "cifar10": ("npz", 16, 600)}
+    assert {config.model.network for config in dit.values()} == {"dit"}
+
+
 def test_longer_training_costs_what_pretraining_does():
     usual, pretrained, longer = (_module("studies.pretraining").get_config(arm) for arm in ("", "pretrained", "longer"))
     phase = phases.pretrain_config(pretrained)

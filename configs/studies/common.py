@@ -19,7 +19,7 @@ def digits():
     config.optimizers.generator = common.optimizer(
         "adam", 3e-3, warmup_steps=100, schedule="cosine", b2=0.99, grad_clip=1.0
     )
-    config.update({"num_steps": 1500, "batch_size": 128, "ema_decays": (0.999,), "variational": False})
+    config.update({"num_steps": 1500, "batch_size": 128, "ema_decays": (0.999,)})
     config.checkpoint.update({"every": 1500, "keep": 1})
     config.log.update({"every": 50, "sample_every": 1500, "tensorboard": False})
     return config
@@ -36,7 +36,14 @@ def faces():
     return config
 
 
-SETS = {"digits": digits, "faces": faces}
+def cifar10():
+    """The same of CIFAR-10, without its labels, at 16 px; `python ../shared/data/unpack.py --out runs/data --npz cifar10`."""
+    config = faces()
+    config.data.update({"source": "npz", "path": "runs/data/cifar10_train.npz", "holdout_every": 10})
+    return config
+
+
+SETS = {"digits": digits, "faces": faces, "cifar10": cifar10}
 
 
 def base(arg: str) -> ConfigDict:
