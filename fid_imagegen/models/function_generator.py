@@ -19,6 +19,7 @@ from fid_imagegen.models.image_function import ImageFunctions
 from fid_imagegen.models.layers import (
     NORMS,
     XAVIER,
+    AdaLNZeroBlock,
     BlockStyle,
     DecoderBlock,
     FeatureExtractor,
@@ -108,12 +109,9 @@ class FunctionPredictor(nn.Module):
 
 
 class LocalPredictor(nn.Module):
-    """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features.
+    """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features."""
 
-    Features of pixels are then joined by a 3x3 convolution, zeros at first: a patch alone draws tiles that do not fit together.
-    """
-
-    kind: LocalMLP | PatchMLP | PixelMLP
+    kind: LocalMLP | PatchMLP
     width: int
     heads: int
     depth: int
@@ -139,11 +137,59 @@ class LocalPredictor(nn.Module):
         angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
         tokens = norm("head_norm", affine=True, dtype=self.dtype)(blocks(features, context, angles)[0])
         made = Dense(self.kind.features, dtype=self.dtype, name="head")(tokens)
-        if isinstance(self.kind, PixelMLP):
-            x = unpatchify(made, self.kind.patch, self.kind.rows)
-            join = nn.Conv(self.kind.values, (3, 3), kernel_init=nn.initializers.zeros, dtype=self.dtype, name="join")
-            made = patchify(x + join(nn.gelu(x)), self.kind.patch)
         return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
+
+
+class PixelPredictor(nn.Module):
+    """DiT's blocks and head, told the noise level: a Dense makes the features of a patch's pixels, a 3x3 convolution joins all.
+
+    All of it is zeros at first. A predictor that does not know the level learns more slowly, and a patch alone draws tiles that
+    do not fit together (docs/decisions/0011).
+    """
+
+    kind: PixelMLP
+    width: int
+    heads: int
+    depth: int
+    remat: bool
+    unroll: bool
+    style: BlockStyle = BlockStyle()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
+    ) -> dict[str, Array]:
+        blocks = stack(
+            AdaLNZeroBlock,
+            self.depth,
+            remat=self.remat,
+            unroll=self.unroll,
+            static_argnums=(3,),
+            heads=self.heads,
+            style=self.style,
+            dtype=self.dtype,
+            name="blocks",
+        )
+        angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
+        tokens = blocks(tokens, condition, True, angles)[0]
+        zeros = nn.initializers.zeros
+        modulation = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(condition))
+        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+        tokens = NORMS[self.style.norm]("head_norm", affine=False, dtype=self.dtype)(tokens) * (1 + scale) + shift
+        made = Dense(self.kind.features, kernel_init=zeros, dtype=self.dtype, name="head")(tokens)
+        x = unpatchify(made, self.kind.patch, self.kind.rows)
+        join = nn.Conv(self.kind.values, (3, 3), kernel_init=zeros, dtype=self.dtype, name="join")
+        made = patchify(x + join(nn.gelu(x)), self.kind.patch)
+        return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
+
+
+PREDICTORS = {
+    CoordinateMLP: FunctionPredictor,
+    LocalMLP: LocalPredictor,
+    PatchMLP: LocalPredictor,
+    PixelMLP: PixelPredictor,
+}
 
 
 class FunctionGenerator(nn.Module):
@@ -190,8 +236,7 @@ class FunctionGenerator(nn.Module):
             dropout=self.dropout,
             **common,
         )
-        predictor = FunctionPredictor if isinstance(self.kind, CoordinateMLP) else LocalPredictor
-        self.predictor = predictor(self.kind, depth=self.predictor_depth, **common)
+        self.predictor = PREDICTORS[type(self.kind)](self.kind, depth=self.predictor_depth, **common)
         self.function = self.param("function", self.kind.init_shared)
 
     def __call__(
@@ -204,14 +249,20 @@ class FunctionGenerator(nn.Module):
     ) -> ImageFunctions:
         """The functions of noisy images. `label_B` is needed when `num_classes` > 0; `num_classes` itself is no label."""
         grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
-        features, _ = self.extractor(self.patches(x), levels_BK, label_B, deterministic, grid)
-        return self._functions(self.predictor(features))
+        return self._functions(*self.extractor(self.patches(x), levels_BK, label_B, deterministic, grid))
 
     def reconstruct(self, x: Float[Array, "batch height width channels"]) -> ImageFunctions:
-        """The functions of clean images by patch embedding and predictor alone: the subject of pre-training."""
-        return self._functions(self.predictor(self.patches(x)))
+        """The functions of clean images by patch embedding and predictor alone: the subject of pre-training.
 
-    def _functions(self, per_image: dict[str, Array]) -> ImageFunctions:
+        There is no noise level: what it modulates is trained in its biases, from which training goes on without a jump.
+        """
+        return self._functions(self.patches(x), jnp.zeros((len(x), self.width), self.dtype))
+
+    def _functions(
+        self, features: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
+    ) -> ImageFunctions:
+        level = (condition,) if isinstance(self.kind, PixelMLP) else ()
+        per_image = self.predictor(features, *level)
         grid = (self.image_size, self.image_size)
         return ImageFunctions(kind=self.kind, grid=grid, shared=self.function, per_image=per_image)
 

@@ -61,24 +61,64 @@ def test_a_fresh_function_is_its_interpolated_colours(functions):
     np.testing.assert_allclose(evaluate(fresh, coords, cell).reshape(2, *GRID, 3), expected, atol=1e-5)
 
 
-def test_the_generator_makes_functions_of_pixels():
+@pytest.fixture(scope="module")
+def generator():
+    """A generator of functions of pixels: (its module, its fresh variables, images and levels)."""
     kind = function_kind("pixel32", channels=1, image_size=8, patch=4, cutoff="nyquist", width=6)
     assert (kind.rows, kind.patch, kind.values, kind.width) == (2, 4, 16, 6)
     model = FunctionGenerator(kind, image_size=8, patch=4, width=16, heads=2, extractor_depth=1, predictor_depth=1)
-    x, levels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 1)), jnp.float32), jnp.zeros((2, 1))
-    made, variables = jax.jit(model.init_with_output)(jax.random.key(0), x, levels)
-    assert made.per_image["features"].shape == (2, 2, 2, kind.features)
-    assert np.isfinite(render(made, 20, 13)).all()
-    # What a patch says of its pixels, and what a convolution over all of them, zeros at first, adds.
-    pixels = lambda functions: unpatchify(functions.per_image["features"].reshape(2, 4, -1), 4, 2)  # noqa: E731
-    alone, rng = np.asarray(pixels(made)), np.random.default_rng(1)
-    join = jax.tree.map(lambda zeros: rng.standard_normal(zeros.shape), variables["params"]["predictor"]["join"])
-    variables["params"]["predictor"]["join"] = join
-    assert np.abs(alone).max() > 0.1 and join["kernel"].shape == (3, 3, 16, 16)
+    rng = np.random.default_rng(0)
+    x, levels = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 8, 8, 1), (2, 1)))
+    return model, jax.jit(model.init)(jax.random.key(0), x, levels), x, levels
+
+
+def _randomised(tree, scale=0.3):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.standard_normal(leaf.shape), jnp.float32), tree)
+
+
+def test_the_generator_makes_functions_of_pixels(generator):
+    """What the level makes of a patch, what the patch says of its pixels, and what a convolution over all of them adds."""
+    model, variables, x, levels = generator
+    made = jax.jit(model.apply)(variables, x, levels)
+    assert made.per_image["features"].shape == (2, 2, 2, model.kind.features)
+    assert not np.any(made.per_image["features"]) and np.isfinite(render(made, 20, 13)).all()
+    ends = {name: variables["params"]["predictor"][name] for name in ("modulation", "head", "join")}
+    ends = _randomised(ends)
+    params = variables["params"] | {"predictor": variables["params"]["predictor"] | ends}
+    features = jax.jit(model.apply)({"params": params}, x, levels).per_image["features"]
+    # The gates of all blocks are closed, so that the head sees the patches' own tokens.
+    inside = lambda model: (model.patches(x), model.extractor(model.patches(x), levels, None, True, (2, 2))[1])  # noqa: E731
+    tokens, condition = (np.asarray(found, np.float64) for found in model.apply({"params": params}, method=inside))
+    dense = lambda name, x: x @ np.asarray(ends[name]["kernel"], np.float64) + ends[name]["bias"]  # noqa: E731
+    shift, scale = np.split(dense("modulation", condition / (1 + np.exp(-condition)))[:, None], 2, axis=-1)
+    tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    alone = np.asarray(unpatchify(jnp.asarray(dense("head", tokens * (1 + scale) + shift)), 4, 2))
     around = np.pad(jax.nn.gelu(alone), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    terms = [around[:, p : p + 8, q : q + 8] @ join["kernel"][p, q] for p, q in np.ndindex(3, 3)]
-    expected = alone + sum(terms) + join["bias"]
-    np.testing.assert_allclose(pixels(jax.jit(model.apply)(variables, x, levels)), expected, rtol=1e-4, atol=1e-4)
+    terms = [around[:, p : p + 8, q : q + 8] @ ends["join"]["kernel"][p, q] for p, q in np.ndindex(3, 3)]
+    found = unpatchify(features.reshape(2, 4, -1), 4, 2)
+    np.testing.assert_allclose(found, alone + sum(terms) + ends["join"]["bias"], rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_from_a_pretrained_predictor_without_a_jump(generator):
+    """Pre-training knows no level: only biases of modulations learn, and behind closed gates every level gives what it gave."""
+    model, variables, x, levels = generator
+
+    def loss(params):
+        return jnp.sum((model.apply({"params": params}, x, method="reconstruct").per_image["features"] - 1) ** 2)
+
+    randomised = variables["params"] | {"predictor": _randomised(variables["params"]["predictor"])}
+    gradient = jax.grad(loss)(randomised)["predictor"]
+    for module in (gradient["modulation"], gradient["blocks"]["modulation"]):
+        assert not np.any(module["kernel"]) and np.any(module["bias"])
+    closed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if "modulation" in str(path) and "kernel" in str(path) else leaf,
+        randomised,
+    )
+    before = model.apply({"params": closed}, x, method="reconstruct").per_image["features"]
+    after = model.apply({"params": closed}, x, levels).per_image["features"]
+    assert np.abs(before).max() > 0.1
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
 
 
 def test_fewer_features_than_channels_are_refused():
