@@ -1,6 +1,6 @@
 """The generator of image functions: a noisy image and its noise level in, the parameters of a coordinate MLP out.
 
-    noisy image -> patches -> FeatureExtractor (DiT blocks, adaLN-Zero) -> FunctionPredictor (weight tokens) -> function
+    noisy image -> patches -> FeatureExtractor (DiT blocks, adaLN-Zero) -> a predictor, by the kind of function -> function
 
 The extractor's blocks are gated by zeros at initialisation, so an untrained extractor is the identity on patch tokens, and a
 predictor pre-trained on bare patch tokens fits behind it without a jump (`reconstruct`).
@@ -11,23 +11,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from fid_imagegen.models.coordinate_mlp import FUNCTION_PRESETS, CoordinateMLP
+from fid_imagegen.models.function_predictors import PREDICTORS
 from fid_imagegen.models.image_function import ImageFunctions
-from fid_imagegen.models.layers import (
-    NORMS,
-    XAVIER,
-    AdaLNZeroBlock,
-    BlockStyle,
-    DecoderBlock,
-    FeatureExtractor,
-    patchify,
-    sin_cos_positions,
-    stack,
-    unpatchify,
-)
+from fid_imagegen.models.layers import XAVIER, BlockStyle, FeatureExtractor, patchify, sin_cos_positions
 from fid_imagegen.models.local_function import LOCAL_PRESETS, LocalMLP
 from fid_imagegen.models.patch_function import PATCH_PRESETS, PatchMLP
 from fid_imagegen.models.pixel_function import PIXEL_PRESETS, PixelMLP
@@ -61,135 +50,6 @@ class PatchEmbedding(nn.Module):
         )
         tokens = tokens + sin_cos_positions(rows, columns, self.features).astype(self.dtype)
         return nn.with_logical_constraint(tokens, ("batch", "tokens", "features"))
-
-
-class FunctionPredictor(nn.Module):
-    """Learned weight tokens that attend to themselves and to image features; one head per layer of the function.
-
-    A layer with g predicted columns owns g tokens; its head (norm + Dense) turns each into a column over fan-in. Tokens of
-    weights lie on no grid: they are not turned where `style.rotary` turns those of images.
-    """
-
-    kind: CoordinateMLP
-    width: int
-    heads: int
-    depth: int
-    remat: bool
-    unroll: bool
-    style: BlockStyle = BlockStyle()
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, features: Float[Array, "batch tokens features"]) -> dict[str, Array]:
-        columns, norm = self.kind.columns, NORMS[self.style.norm]
-        tokens = self.param("weight_tokens", nn.initializers.normal(1.0), (sum(columns), self.width))
-        tokens = jnp.broadcast_to(tokens.astype(self.dtype), (features.shape[0], *tokens.shape))
-        context = norm("norm_context", affine=True, dtype=self.dtype)(features)
-        blocks = stack(
-            DecoderBlock,
-            self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            heads=self.heads,
-            style=self.style,
-            dtype=self.dtype,
-            name="blocks",
-        )
-        tokens = blocks(tokens, context)[0]
-        per_image, start = {}, 0
-        # But for `normalize` zero-initialised heads start every image at the shared base function.
-        init = nn.initializers.lecun_normal() if self.kind.weight_update == "normalize" else nn.initializers.zeros
-        for layer, ((fan_in, _), count) in enumerate(zip(self.kind.layer_sizes, columns, strict=True)):
-            own = norm(f"head_norm_{layer}", affine=True, dtype=self.dtype)(tokens[:, start : start + count])
-            predicted = Dense(fan_in, kernel_init=init, dtype=self.dtype, name=f"head_{layer}")(own)
-            predicted = rearrange(predicted, "b g f -> b f g")
-            per_image[f"columns_{layer}"] = nn.with_logical_constraint(predicted, ("batch", None, None))
-            start += count
-        return per_image
-
-
-class LocalPredictor(nn.Module):
-    """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features."""
-
-    kind: LocalMLP | PatchMLP
-    width: int
-    heads: int
-    depth: int
-    remat: bool
-    unroll: bool
-    style: BlockStyle = BlockStyle()
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, features: Float[Array, "batch tokens features"]) -> dict[str, Array]:
-        blocks = stack(
-            DecoderBlock,
-            self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            heads=self.heads,
-            style=self.style,
-            dtype=self.dtype,
-            name="blocks",
-        )
-        norm = NORMS[self.style.norm]
-        context = norm("norm_context", affine=True, dtype=self.dtype)(features)
-        angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
-        tokens = norm("head_norm", affine=True, dtype=self.dtype)(blocks(features, context, angles)[0])
-        made = Dense(self.kind.features, dtype=self.dtype, name="head")(tokens)
-        return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
-
-
-class PixelPredictor(nn.Module):
-    """DiT's blocks and head, told the noise level: a Dense makes the features of a patch's pixels, a 3x3 convolution joins all.
-
-    All of it is zeros at first. A predictor that does not know the level learns more slowly, and a patch alone draws tiles that
-    do not fit together (docs/decisions/0011).
-    """
-
-    kind: PixelMLP
-    width: int
-    heads: int
-    depth: int
-    remat: bool
-    unroll: bool
-    style: BlockStyle = BlockStyle()
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, tokens: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
-    ) -> dict[str, Array]:
-        blocks = stack(
-            AdaLNZeroBlock,
-            self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            static_argnums=(3,),
-            heads=self.heads,
-            style=self.style,
-            dtype=self.dtype,
-            name="blocks",
-        )
-        angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
-        tokens = blocks(tokens, condition, True, angles)[0]
-        zeros = nn.initializers.zeros
-        modulation = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(condition))
-        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
-        tokens = NORMS[self.style.norm]("head_norm", affine=False, dtype=self.dtype)(tokens) * (1 + scale) + shift
-        made = Dense(self.kind.features, kernel_init=zeros, dtype=self.dtype, name="head")(tokens)
-        x = unpatchify(made, self.kind.patch, self.kind.rows)
-        join = nn.Conv(self.kind.values, (3, 3), kernel_init=zeros, dtype=self.dtype, name="join")
-        made = patchify(x + join(nn.gelu(x)), self.kind.patch)
-        return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
-
-
-PREDICTORS = {
-    CoordinateMLP: FunctionPredictor,
-    LocalMLP: LocalPredictor,
-    PatchMLP: LocalPredictor,
-    PixelMLP: PixelPredictor,
-}
 
 
 class FunctionGenerator(nn.Module):

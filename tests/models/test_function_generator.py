@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 
 from fid_imagegen.models.coordinate_mlp import CoordinateMLP
-from fid_imagegen.models.function_generator import (
-    PRESETS,
-    FunctionGenerator,
-    FunctionPredictor,
-    PatchEmbedding,
-    function_kind,
-)
+from fid_imagegen.models.function_generator import PRESETS, FunctionGenerator, PatchEmbedding, function_kind
+from fid_imagegen.models.function_predictors import FunctionPredictor
 
 KIND = CoordinateMLP(channels=3, width=8, depth=3, bands=2, groups=4, cutoff=4.0)
 MODEL = FunctionGenerator(

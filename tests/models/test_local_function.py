@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fid_imagegen.models.coordinate_mlp import fourier_features
-from fid_imagegen.models.function_generator import FunctionGenerator, LocalPredictor, function_kind
+from fid_imagegen.models.function_generator import FunctionGenerator, function_kind
+from fid_imagegen.models.function_predictors import LocalPredictor
 from fid_imagegen.models.image_function import (
     ImageFunctions,
     PixelGrid,
