@@ -1,6 +1,6 @@
 """Images/s of training: ours against plain PyTorch twins of the same shapes, in turns in one process; the goal is a ratio of 1.
 
-    python -m benchmarks.throughput [--generators dit,uvit,function,unet] [--preset S] [--rounds 3] [--compile]
+    python -m benchmarks.throughput [--generators dit,uvit,pixels,function,unet] [--preset S] [--rounds 3] [--compile]
 
 A step is whole: easy consistency tuning's loss, gradient, Adam, one average of the parameters. Ours is the loop's, made by
 `state.compile_step` with `config.model.unroll`; the twin's is `torch_step`'s. A turn is as many steps as fill `--turn` seconds,
@@ -35,7 +35,7 @@ from fid_imagegen.parallel import sharding  # noqa: E402
 from fid_imagegen.training import ema, optimizer, state  # noqa: E402
 
 GOAL = 1.0
-GENERATORS = ("dit", "uvit", "function", "unet")
+GENERATORS = ("dit", "uvit", "pixels", "function", "unet")
 UNETS = {
     "tiny": {"widths": (32, 64), "blocks": 1, "attention_levels": (1,), "head_width": 32, "groups": 8},
     "S": {"widths": (64, 128, 128), "blocks": 2, "attention_levels": (1,), "head_width": 64, "groups": 32},
@@ -45,7 +45,8 @@ UNETS = {
 def configure(generator: str, args: argparse.Namespace):
     """The config of a generator in training. ValueError for a U-Net of no such preset, and from `tasks` for the others'."""
     config = common.base()
-    config.model.update({"network": generator, "preset": args.preset, "patch": args.patch, "dtype": args.dtype})
+    network = "function" if generator == "pixels" else generator  # the presets' functions are those of pixels
+    config.model.update({"network": network, "preset": args.preset, "patch": args.patch, "dtype": args.dtype})
     config.model.unroll = True
     if generator == "function":  # the paper's
         config.model.function, config.variational = "5x64" if args.preset == "tiny" else "5x256", True

@@ -22,6 +22,7 @@ from fid_imagegen.models.coordinate_mlp import CoordinateMLP
 from fid_imagegen.models.dit import DiT, column_row_positions
 from fid_imagegen.models.function_generator import FunctionGenerator
 from fid_imagegen.models.layers import BlockStyle, sin_cos_positions
+from fid_imagegen.models.pixel_function import PixelMLP
 from fid_imagegen.models.unets.adm import ADM
 from fid_imagegen.models.uvit import UViT
 
@@ -255,7 +256,43 @@ class ImageFunction(nn.Module):
         return x * self.gain
 
 
-class FunctionTwin(nn.Module):
+class PixelPredictor(nn.Module):
+    """[batch, tokens, features] and the condition -> features of all pixels, [batch, size, size, values]."""
+
+    def __init__(self, kind: PixelMLP, width: int, heads: int, depth: int):
+        super().__init__()
+        self.patch, self.rows = kind.patch, kind.rows
+        self.blocks = nn.ModuleList(AdaLNZeroBlock(width, heads) for _ in range(depth))
+        self.modulation = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(width, kind.features)
+        self.join = nn.Conv2d(kind.values, kind.values, 3, padding=1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
+        x = unpatchify(self.head(self.norm(x) * (1 + scale) + shift), self.patch, self.rows)
+        return x + self.join(F.gelu(x, approximate="tanh").permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PixelFunction(nn.Module):
+    """Features of pixels [..., values] -> colours [..., channels]: functions of pixels on their own grid."""
+
+    def __init__(self, kind: PixelMLP):
+        super().__init__()
+        sizes = (kind.values, kind.width), (kind.width, kind.channels)
+        self.kernels = nn.ParameterList(torch.empty(size) for size in sizes)
+        self.biases = nn.ParameterList(torch.empty(fan_out) for _, fan_out in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(x @ self.kernels[0] + self.biases[0], approximate="tanh")
+        return x[..., : self.biases[1].numel()] + hidden @ self.kernels[1] + self.biases[1]
+
+
+class GeneratorTwin(nn.Module):
+    """Patches, positions and the extractor, of every kind of function."""
+
     def __init__(self, model: FunctionGenerator, image_size: int):
         super().__init__()
         self.patch, self.rows = model.patch, image_size // model.patch
@@ -263,13 +300,31 @@ class FunctionTwin(nn.Module):
         positions = sin_cos_positions(self.rows, self.rows, model.width)
         self.register_buffer("positions", torch.from_numpy(positions), persistent=False)
         self.extractor = FeatureExtractor(model.width, model.heads, model.extractor_depth, model.level_scale)
+
+    def extracted(self, x: Tensor, level_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of patches, and the condition."""
+        return self.extractor(self.patches(patchify(x, self.patch)) + self.positions, level_B)
+
+
+class FunctionTwin(GeneratorTwin):
+    def __init__(self, model: FunctionGenerator, image_size: int):
+        super().__init__(model, image_size)
         self.predictor = FunctionPredictor(model.kind, model.width, model.heads, model.predictor_depth)
         self.function = ImageFunction(model.kind)
 
     def forward(self, x: Tensor, level_B: Tensor, coords: Tensor) -> Tensor:
-        size = x.shape[1]
-        features, _ = self.extractor(self.patches(patchify(x, self.patch)) + self.positions, level_B)
-        return self.function(self.predictor(features), coords).unflatten(1, (size, -1))
+        features, _ = self.extracted(x, level_B)
+        return self.function(self.predictor(features), coords).unflatten(1, (x.shape[1], -1))
+
+
+class PixelTwin(GeneratorTwin):
+    def __init__(self, model: FunctionGenerator, image_size: int):
+        super().__init__(model, image_size)
+        self.predictor = PixelPredictor(model.kind, model.width, model.heads, model.predictor_depth)
+        self.function = PixelFunction(model.kind)
+
+    def forward(self, x: Tensor, level_B: Tensor, coords: Tensor | None = None) -> Tensor:
+        return self.function(self.predictor(*self.extracted(x, level_B)))
 
 
 class ADMTwin(nn.Module):
@@ -285,16 +340,18 @@ class ADMTwin(nn.Module):
         return self.unet(x.permute(0, 3, 1, 2), self.level_scale * level_B).sample.permute(0, 2, 3, 1)
 
 
-TWINS = {DiT: DiTTwin, UViT: UViTTwin, FunctionGenerator: FunctionTwin, ADM: ADMTwin}
+# By the network, that of functions by their kind.
+TWINS = {DiT: DiTTwin, UViT: UViTTwin, CoordinateMLP: FunctionTwin, PixelMLP: PixelTwin, ADM: ADMTwin}
 
 
 def make_twin(model: Any, params: Mapping, image_size: int) -> nn.Module:
     """The twin of a network without labels, with its parameters, for square images. ValueError for a style it has not."""
-    if type(model) not in TWINS:
-        raise ValueError(f"found {type(model).__name__}, expected one of {sorted(kind.__name__ for kind in TWINS)}")
+    made = type(model.kind if isinstance(model, FunctionGenerator) else model)
+    if made not in TWINS:
+        raise ValueError(f"found {made.__name__}, expected one of {sorted(kind.__name__ for kind in TWINS)}")
     if model.num_classes or getattr(model, "style", BlockStyle()) != BlockStyle():
         raise ValueError(f"found {model}, expected no classes and DiT's own blocks: the twins have no others")
-    twin = TWINS[type(model)](model, image_size)
+    twin = TWINS[made](model, image_size)
     twin.load_state_dict(twin_state(model, params), strict=True)
     return twin
 

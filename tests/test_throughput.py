@@ -14,7 +14,7 @@ from fid_imagegen.tasks.generator import generator_net
 
 pytestmark = pytest.mark.parity
 SIZE, BATCH = 8, 3
-GENERATORS = ("dit", "uvit", "function", "unet")
+GENERATORS = ("dit", "uvit", "pixels", "function", "unet")
 LEVELS = np.asarray(
     [-1.5, -0.0625, 0.9375], np.float32
 )  # a thousand times as much is exact in float32, as diffusers needs
@@ -27,7 +27,7 @@ def small(monkeypatch):
     from benchmarks import throughput
 
     trunk = {"width": 16, "heads": 2, "depth": 2}
-    predictor = {"width": 16, "heads": 2, "extractor_depth": 2, "predictor_depth": 2, "function": "5x64"}
+    predictor = {"width": 16, "heads": 2, "extractor_depth": 2, "predictor_depth": 2, "function": "pixel32"}
     function = {"width": 8, "depth": 3, "bands": 2, "groups": 4}
     unet = {"widths": (8, 16), "blocks": 1, "attention_levels": (1,), "head_width": 4, "groups": 4}
     tables = (dit.DITS, trunk), (uvit.UVITS, trunk), (function_generator.PRESETS, predictor), (throughput.UNETS, unet)
@@ -163,6 +163,9 @@ def test_unknown_generators_are_refused(small, capsys):
 
     with pytest.raises(SystemExit):
         throughput.parse(["--generators=dit,gan"])
-    assert "found generators gan, expected of dit, uvit, function, unet; change --generators" in capsys.readouterr().err
+    assert (
+        "found generators gan, expected of dit, uvit, pixels, function, unet; change --generators"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match=r"found preset 'L' of unet, expected one of \['S', 'tiny'\]"):
         throughput.configure("unet", throughput.parse(["--preset=L"]))
