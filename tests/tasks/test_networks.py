@@ -64,7 +64,8 @@ def test_every_network_goes_through_the_same_task(tiny_task, random_params, batc
     labels, net = jnp.asarray([0, 1, 2]), jax.jit(task._net(params["generator"], training=False))
     x, sigma = functions.native.noisy, jnp.full(3, 0.821)
     f = consistency_function(net, x, sigma, labels, key=None, noise=task.noise, form=task.form)
-    np.testing.assert_allclose(render(functions, 8, 8), f, atol=2e-5)
+    # Random weights make values up to 30, and float32 rounds sums of such.
+    np.testing.assert_allclose(render(functions, 8, 8), f, atol=4e-6 * np.abs(f).max())
     assert render(functions, 20, 13).shape == (3, 20, 13, 1)
 
 
