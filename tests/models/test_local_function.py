@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -58,7 +59,7 @@ def by_hand(functions, row, column, height, width):
 @pytest.mark.parametrize("size", [GRID, (16, 24), (5, 9)])
 def test_values_are_the_definitions(functions, size):
     coords, cell = jnp.asarray(pixel_grid(*size)), jnp.asarray(pixel_cell(*size))
-    found = evaluate(functions, coords, cell)[0].reshape(*size, 3)
+    found = jax.jit(evaluate)(functions, coords, cell)[0].reshape(*size, 3)
     for row, column in ((0, 0), (size[0] - 1, 2), (2, size[1] - 1), (3, 4)):
         np.testing.assert_allclose(found[row, column], by_hand(functions, row, column, *size), rtol=1e-4, atol=1e-4)
 
@@ -105,19 +106,19 @@ def test_the_generator_makes_local_functions():
     kind = LocalMLP(channels=3, rows=2, columns=2, features=5, width=7, depth=2)
     model = FunctionGenerator(kind, image_size=8, patch=4, width=16, heads=2, extractor_depth=1, predictor_depth=2)
     x, levels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32), jnp.zeros((2, 1))
-    params = model.init(jax.random.key(0), x, levels)["params"]
-    made = model.apply({"params": params}, x, levels)
+    made, variables = jax.jit(model.init_with_output)(jax.random.key(0), x, levels)
     assert made.per_image["features"].shape == (2, 2, 2, 5)
     # The extractor's gates are closed at first: what a clean image is given is what pre-training gives it.
-    again = model.apply({"params": params}, x, method=model.reconstruct)
+    again = jax.jit(functools.partial(model.apply, method="reconstruct"))(variables, x)
     np.testing.assert_allclose(made.per_image["features"], again.per_image["features"], atol=1e-6)
     # Patches stay where they are: their order is the image's.
     predictor = LocalPredictor(kind, width=16, heads=2, depth=0, remat=False, unroll=False)
-    tokens = jnp.asarray(np.random.default_rng(1).standard_normal((1, 4, 16)), jnp.float32)
-    variables = predictor.init(jax.random.key(1), tokens)
-    whole = predictor.apply(variables, tokens)["features"]
-    moved = predictor.apply(variables, tokens.at[:, 1].multiply(jnp.linspace(-1, 1, 16)))["features"]
-    np.testing.assert_array_equal(np.argwhere(np.abs(np.asarray(moved - whole)[0]).max(-1) > 1e-6), [[0, 1]])
+    tokens = np.float32(np.random.default_rng(1).standard_normal((1, 4, 16)))
+    variables, apply = jax.jit(predictor.init)(jax.random.key(1), tokens), jax.jit(predictor.apply)
+    whole = np.asarray(apply(variables, tokens)["features"])
+    tokens[:, 1] *= np.linspace(-1, 1, 16)
+    moved = np.asarray(apply(variables, tokens)["features"])
+    np.testing.assert_array_equal(np.argwhere(np.abs(moved - whole)[0].max(-1) > 1e-6), [[0, 1]])
 
 
 def test_pixels_are_a_function_too():

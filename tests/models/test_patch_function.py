@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,13 +47,14 @@ def by_hand(functions, row, column, height, width):
 @pytest.mark.parametrize("size", [GRID, (16, 24), (5, 9)])
 def test_values_are_the_definitions(functions, size):
     coords, cell = jnp.asarray(pixel_grid(*size)), jnp.asarray(pixel_cell(*size))
-    found = evaluate(functions, coords, cell)[0].reshape(*size, 3)
+    found = jax.jit(evaluate)(functions, coords, cell)[0].reshape(*size, 3)
     for row, column in ((0, 0), (size[0] - 1, 2), (2, size[1] - 1), (3, 4)):
         np.testing.assert_allclose(found[row, column], by_hand(functions, row, column, *size), rtol=1e-4, atol=1e-4)
 
 
 def test_the_training_grid_read_patch_by_patch_is_the_same(functions):
-    np.testing.assert_allclose(render_native(functions, key=None, chunk=4096), render(functions, *GRID), atol=2e-5)
+    native = jax.jit(functools.partial(render_native, key=None, chunk=4096))
+    np.testing.assert_allclose(native(functions), render(functions, *GRID), atol=2e-5)
 
 
 def test_the_base_is_zero_behind_waves_of_unit_weight():

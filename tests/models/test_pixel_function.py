@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -34,7 +35,8 @@ def test_on_the_training_grid_every_pixel_is_read_by_itself(functions):
         x = features[i, j, (p * 4 + q) * 5 :][:5]
         hidden = np.asarray(jax.nn.gelu(x @ shared["kernel_0"] + shared["bias_0"]))
         expected[4 * i + p, 4 * j + q] = x[:3] + hidden @ shared["kernel_1"] + shared["bias_1"]
-    np.testing.assert_allclose(render_native(functions, key=None, chunk=4096)[0], expected, atol=1e-4)
+    native = jax.jit(functools.partial(render_native, key=None, chunk=4096))
+    np.testing.assert_allclose(native(functions)[0], expected, atol=1e-4)
     np.testing.assert_allclose(render(functions, *GRID)[0], expected, atol=1e-4)
 
 
@@ -46,10 +48,10 @@ def test_between_pixels_features_are_catmull_roms():
     places = np.array([[3.0, 4.0], [2.25, 5.5], [5.9, 3.1]])
     expected = [spline([float(spline(line)(column)) for line in x])(row) for row, column in places]
     coords = jnp.asarray(2 * (places + 0.5) / 9 - 1, jnp.float32)
-    np.testing.assert_allclose(_interpolated(jnp.asarray(x, jnp.float32)[..., None], coords)[:, 0], expected, atol=1e-5)
-    corner = _interpolated(jnp.asarray(x, jnp.float32)[..., None], jnp.asarray([[-1.0, -1.0]]))
-    assert np.isfinite(corner).all()
-    flat = _interpolated(jnp.ones((9, 9, 1)), jnp.asarray(pixel_grid(20, 13)))
+    interpolated = jax.jit(_interpolated)
+    np.testing.assert_allclose(interpolated(np.float32(x)[..., None], coords)[:, 0], expected, atol=1e-5)
+    assert np.isfinite(interpolated(np.float32(x)[..., None], np.float32([[-1, -1]]))).all()
+    flat = interpolated(np.ones((9, 9, 1), np.float32), pixel_grid(20, 13))
     np.testing.assert_allclose(flat, 1, atol=1e-6)
 
 
@@ -58,7 +60,8 @@ def test_a_fresh_function_is_its_interpolated_colours(functions):
     coords, cell = jnp.asarray(pixel_grid(*GRID)), jnp.asarray(pixel_cell(*GRID))
     colours = np.asarray(functions.per_image["features"]).reshape(2, 2, 3, 4, 4, 5)[..., :3]
     expected = colours.swapaxes(2, 3).reshape(2, 8, 12, 3)
-    np.testing.assert_allclose(evaluate(fresh, coords, cell).reshape(2, *GRID, 3), expected, atol=1e-5)
+    found = jax.jit(evaluate)(fresh, coords, cell)
+    np.testing.assert_allclose(found.reshape(2, *GRID, 3), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,8 @@ def test_the_generator_makes_functions_of_pixels(generator):
     features = jax.jit(model.apply)({"params": params}, x, levels).per_image["features"]
     # The gates of all blocks are closed, so that the head sees the patches' own tokens.
     inside = lambda model: (model.patches(x), model.extractor(model.patches(x), levels, None, True, (2, 2))[1])  # noqa: E731
-    tokens, condition = (np.asarray(found, np.float64) for found in model.apply({"params": params}, method=inside))
+    found = jax.jit(functools.partial(model.apply, method=inside))({"params": params})
+    tokens, condition = (np.asarray(array, np.float64) for array in found)
     dense = lambda name, x: x @ np.asarray(ends[name]["kernel"], np.float64) + ends[name]["bias"]  # noqa: E731
     shift, scale = np.split(dense("modulation", condition / (1 + np.exp(-condition)))[:, None], 2, axis=-1)
     tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
@@ -103,20 +107,18 @@ def test_the_generator_makes_functions_of_pixels(generator):
 def test_training_goes_on_from_a_pretrained_predictor_without_a_jump(generator):
     """Pre-training knows no level: only biases of modulations learn, and behind closed gates every level gives what it gave."""
     model, variables, x, levels = generator
-
-    def loss(params):
-        return jnp.sum((model.apply({"params": params}, x, method="reconstruct").per_image["features"] - 1) ** 2)
-
+    reconstruct = jax.jit(lambda params: model.apply({"params": params}, x, method="reconstruct").per_image["features"])
+    loss = lambda params: jnp.sum((reconstruct(params) - 1) ** 2)  # noqa: E731
     randomised = variables["params"] | {"predictor": _randomised(variables["params"]["predictor"])}
-    gradient = jax.grad(loss)(randomised)["predictor"]
+    gradient = jax.jit(jax.grad(loss))(randomised)["predictor"]
     for module in (gradient["modulation"], gradient["blocks"]["modulation"]):
         assert not np.any(module["kernel"]) and np.any(module["bias"])
     closed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if "modulation" in str(path) and "kernel" in str(path) else leaf,
         randomised,
     )
-    before = model.apply({"params": closed}, x, method="reconstruct").per_image["features"]
-    after = model.apply({"params": closed}, x, levels).per_image["features"]
+    before = reconstruct(closed)
+    after = jax.jit(model.apply)({"params": closed}, x, levels).per_image["features"]
     assert np.abs(before).max() > 0.1
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
 
