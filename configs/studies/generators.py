@@ -32,7 +32,7 @@ def patches(config) -> None:
 
 
 def pixels(config) -> None:
-    """Features of every pixel, a shared MLP that reads them; a trunk nearly as deep as DiT's."""
+    """Features of every pixel by nine of DiT's blocks, a shared MLP that reads them."""
     _unset(config)
     config.model.update({"function": "pixel32", "extractor_depth": 8, "predictor_depth": 1})
 
