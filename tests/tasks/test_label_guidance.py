@@ -77,7 +77,8 @@ def test_guidance_that_cannot_be(tiny_task, random_params):
     with pytest.raises(
         ValueError, match="found guidance for a model that never saw the null class, .*label_dropped > 0"
     ):
-        task.sample(random_params(task), jax.random.key(0), jnp.arange(2), guidance=2.0)
+        sample = functools.partial(task.sample, guidance=2.0)
+        jax.eval_shape(sample, jax.eval_shape(lambda: random_params(task)), jax.random.key(0), jnp.arange(2))
     with pytest.raises(ValueError, match="found label_dropped 0.1 for a model without classes"):
         tiny_task({"label_dropped": 0.1})
     for share in (-0.1, 1.5, float("nan")):
