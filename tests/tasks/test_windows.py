@@ -65,17 +65,16 @@ def test_images_are_shrunk_as_data_are_when_they_are_read():
 
 def test_noise_of_the_window_is_that_of_the_grid():
     """On a window of the grid's own pixels it is the same; in between it is interpolated, and its key an image's own."""
-    same = Windows(grid=16, window=6, size=jnp.asarray(16), corner_2=jnp.asarray([3, 9])).noise(KEYS, (0, 1, 2))
+    noise = lambda windows, keys=KEYS: jax.jit(lambda: windows.noise(keys, (0, 1, 2)))()  # noqa: E731
+    same = noise(Windows(grid=16, window=6, size=jnp.asarray(16), corner_2=jnp.asarray([3, 9])))
     z = example_normal(KEYS, (16, 16, 2))
     np.testing.assert_allclose(same[:, :256, 0].reshape(z.shape), z, atol=1e-6)
     np.testing.assert_allclose(same[:, 256:, 0].reshape(3, 6, 6, 2), z[:, 3:9, 9:15], atol=1e-5)
-    fine, part = WINDOWS.noise(KEYS, (0, 1, 2)), WINDOWS.noise(KEYS[1:], (0, 1, 2))
+    fine, part = noise(WINDOWS), noise(WINDOWS, KEYS[1:])
     np.testing.assert_allclose(fine[1:], part, atol=1e-6)
     assert 0.3 < float(fine[:, 16:].std()) < 1.3
     # Where the grid is finer than the image, a pixel of it takes several of the grid's.
-    coarse = Windows(grid=16, window=8, size=jnp.asarray(8), corner_2=jnp.asarray([0, 0])).noise(KEYS, (0, 1, 2))[
-        :, 256:, 0
-    ]
+    coarse = noise(Windows(grid=16, window=8, size=jnp.asarray(8), corner_2=jnp.asarray([0, 0])))[:, 256:, 0]
     expected = resample(z, jnp.asarray(pixel_grid(8, 8)), jnp.asarray(pixel_cell(8, 8)))
     np.testing.assert_allclose(coarse, expected, atol=1e-5)
 
@@ -86,7 +85,7 @@ def test_values_are_those_of_a_render(tiny_task, random_params, integrated):
     params = random_params(task)
     windows = Windows(grid=8, window=6, size=jnp.asarray(16), corner_2=jnp.asarray([3, 9]))
     functions = jax.jit(task.sample)(params, jax.random.key(1), jnp.arange(2)).replace(native=None)
-    found = windows.render(functions, chunk=4096)
+    found = jax.jit(functools.partial(windows.render, chunk=4096))(functions)
     np.testing.assert_allclose(found[:, :64, 0].reshape(2, 8, 8, 1), render(functions, 8, 8), atol=1e-5)
     np.testing.assert_allclose(found[:, 64:, 0].reshape(2, 6, 6, 1), render(functions, 16, 16)[:, 3:9, 9:15], atol=1e-5)
 
@@ -168,7 +167,7 @@ def test_samples_have_the_grids_noise_and_any_size(tiny_task, random_params):
     # Noise finer than the image, as the paper's Table 4, is the same the other way round.
     task = tiny_task(LARGE | {"data.image_size": 4, "window": 0})
     images = {"image": jnp.zeros((2, 4, 4, 1), jnp.uint8), "label": jnp.zeros(2, jnp.int32), "row": jnp.arange(2)}
-    assert np.isfinite(task.loss(random_params(task), {}, images, jax.random.key(0), jnp.asarray(3))[0])
+    assert np.isfinite(jax.jit(task.loss)(random_params(task), {}, images, jax.random.key(0), jnp.asarray(3))[0])
 
 
 @pytest.mark.parametrize(
