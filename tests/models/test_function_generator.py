@@ -48,7 +48,7 @@ def same(a, b, atol=0.0):
 
 
 def distance(a, b):
-    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return max(np.abs(np.subtract(x, y)).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 # At 64 px, patch 4, RGB, unconditional: (all, predictor with the shared function).
