@@ -110,7 +110,9 @@ def test_compressors_share_their_interface(model):
     latents, updated = train(variables)
     np.testing.assert_allclose(latents.mean((0, 1, 2)), 0, atol=1e-3)
     np.testing.assert_allclose(latents.std((0, 1, 2)), 1, atol=5e-2)
-    changed = jax.tree.map(lambda a, b: bool(np.any(np.not_equal(a, b))), updated["batch_stats"], variables["batch_stats"])
+    changed = jax.tree.map(
+        lambda a, b: bool(np.any(np.not_equal(a, b))), updated["batch_stats"], variables["batch_stats"]
+    )
     assert jax.tree.all(changed)
 
 
