@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fid_imagegen.models.layers import (
-    NORMS,
     TOKENS,
     XAVIER,
     BlockStyle,
     FeatureExtractor,
     check_image,
+    modulated_norm,
     patchify,
     sin_cos_positions,
     unpatchify,
@@ -96,10 +96,7 @@ class DiT(nn.Module):
             dtype=self.dtype,
             name="extractor",
         )(nn.with_logical_constraint(tokens, TOKENS), levels_BK, label_B, deterministic, (rows, columns))
-        zeros = nn.initializers.zeros
-        modulation = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(condition))
-        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
-        x = NORMS[self.style.norm]("norm", affine=False, dtype=wide(self.dtype))(tokens) * (1 + scale) + shift
+        x = modulated_norm(tokens, condition, self.style.norm, self.dtype)
         features = self.patch**2 * (self.out_channels or self.channels)
-        x = Dense(features, kernel_init=zeros, dtype=wide(self.dtype), name="head")(x)
+        x = Dense(features, kernel_init=nn.initializers.zeros, dtype=wide(self.dtype), name="head")(x)
         return unpatchify(x, self.patch, rows)

@@ -121,8 +121,7 @@ class FunctionGenerator(nn.Module):
     def _functions(
         self, features: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
     ) -> ImageFunctions:
-        level = (condition,) if isinstance(self.kind, PixelMLP) else ()
-        per_image = self.predictor(features, *level)
+        per_image = self.predictor(features, condition)
         grid = (self.image_size, self.image_size)
         return ImageFunctions(kind=self.kind, grid=grid, shared=self.function, per_image=per_image)
 

@@ -11,21 +11,26 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fid_imagegen.models.coordinate_mlp import CoordinateMLP
-from fid_imagegen.models.layers import NORMS, AdaLNZeroBlock, BlockStyle, DecoderBlock, patchify, stack, unpatchify
+from fid_imagegen.models.layers import (
+    NORMS,
+    AdaLNZeroBlock,
+    BlockStyle,
+    DecoderBlock,
+    modulated_norm,
+    patchify,
+    stack,
+    unpatchify,
+)
 from fid_imagegen.models.local_function import LocalMLP
 from fid_imagegen.models.patch_function import PatchMLP
 from fid_imagegen.models.pixel_function import PixelMLP
 from fid_imagegen.models.products import Dense
 
 
-class FunctionPredictor(nn.Module):
-    """Learned weight tokens that attend to themselves and to image features; one head per layer of the function.
+class Predictor(nn.Module):
+    """Features of patches and the extractor's condition -> the parameters of functions of one kind: `depth` blocks and heads."""
 
-    A layer with g predicted columns owns g tokens; its head (norm + Dense) turns each into a column over fan-in. Tokens of
-    weights lie on no grid: they are not turned where `style.rotary` turns those of images.
-    """
-
-    kind: CoordinateMLP
+    kind: Any
     width: int
     heads: int
     depth: int
@@ -34,22 +39,32 @@ class FunctionPredictor(nn.Module):
     style: BlockStyle = BlockStyle()
     dtype: Any = jnp.float32
 
+    @nn.nowrap
+    def stacked(self, block: type[nn.Module], **settings) -> nn.Module:
+        """The blocks, of this predictor's sizes; to be called where submodules are made."""
+        sizes = {"heads": self.heads, "style": self.style, "dtype": self.dtype, "name": "blocks"}
+        return stack(block, self.depth, remat=self.remat, unroll=self.unroll, **sizes, **settings)
+
+
+class FunctionPredictor(Predictor):
+    """Learned weight tokens that attend to themselves and to image features; one head per layer of the function.
+
+    A layer with g predicted columns owns g tokens; its head (norm + Dense) turns each into a column over fan-in. Tokens of
+    weights lie on no grid: they are not turned where `style.rotary` turns those of images.
+    """
+
+    kind: CoordinateMLP
+
     @nn.compact
-    def __call__(self, features: Float[Array, "batch tokens features"]) -> dict[str, Array]:
+    def __call__(
+        self, features: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
+    ) -> dict[str, Array]:
+        del condition  # as in the paper, the level speaks through the features alone
         columns, norm = self.kind.columns, NORMS[self.style.norm]
         tokens = self.param("weight_tokens", nn.initializers.normal(1.0), (sum(columns), self.width))
         tokens = jnp.broadcast_to(tokens.astype(self.dtype), (features.shape[0], *tokens.shape))
         context = norm("norm_context", affine=True, dtype=self.dtype)(features)
-        blocks = stack(
-            DecoderBlock,
-            self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            heads=self.heads,
-            style=self.style,
-            dtype=self.dtype,
-            name="blocks",
-        )
+        blocks = self.stacked(DecoderBlock)
         tokens = blocks(tokens, context)[0]
         per_image, start = {}, 0
         # But for `normalize` zero-initialised heads start every image at the shared base function.
@@ -63,30 +78,17 @@ class FunctionPredictor(nn.Module):
         return per_image
 
 
-class LocalPredictor(nn.Module):
+class LocalPredictor(Predictor):
     """Patch tokens that attend to each other, and to where they come from; one Dense makes each patch's features."""
 
     kind: LocalMLP | PatchMLP
-    width: int
-    heads: int
-    depth: int
-    remat: bool
-    unroll: bool
-    style: BlockStyle = BlockStyle()
-    dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Float[Array, "batch tokens features"]) -> dict[str, Array]:
-        blocks = stack(
-            DecoderBlock,
-            self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            heads=self.heads,
-            style=self.style,
-            dtype=self.dtype,
-            name="blocks",
-        )
+    def __call__(
+        self, features: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
+    ) -> dict[str, Array]:
+        del condition
+        blocks = self.stacked(DecoderBlock)
         norm = NORMS[self.style.norm]
         context = norm("norm_context", affine=True, dtype=self.dtype)(features)
         angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
@@ -95,7 +97,7 @@ class LocalPredictor(nn.Module):
         return {"features": rearrange(made, "b (h w) f -> b h w f", h=self.kind.rows)}
 
 
-class PixelPredictor(nn.Module):
+class PixelPredictor(Predictor):
     """DiT's blocks and head, told the noise level: a Dense makes the features of a patch's pixels, a 3x3 convolution joins all.
 
     All of it is zeros at first. A predictor that does not know the level learns more slowly, and a patch alone draws tiles that
@@ -103,35 +105,16 @@ class PixelPredictor(nn.Module):
     """
 
     kind: PixelMLP
-    width: int
-    heads: int
-    depth: int
-    remat: bool
-    unroll: bool
-    style: BlockStyle = BlockStyle()
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, tokens: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
+        self, features: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"]
     ) -> dict[str, Array]:
-        blocks = stack(
-            AdaLNZeroBlock,
-            self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            static_argnums=(3,),
-            heads=self.heads,
-            style=self.style,
-            dtype=self.dtype,
-            name="blocks",
-        )
+        blocks = self.stacked(AdaLNZeroBlock, static_argnums=(3,))
         angles = self.style.angles(self.kind.rows, self.kind.columns, self.width // self.heads)
-        tokens = blocks(tokens, condition, True, angles)[0]
+        tokens = blocks(features, condition, True, angles)[0]
         zeros = nn.initializers.zeros
-        modulation = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(condition))
-        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
-        tokens = NORMS[self.style.norm]("head_norm", affine=False, dtype=self.dtype)(tokens) * (1 + scale) + shift
+        tokens = modulated_norm(tokens, condition, self.style.norm, self.dtype)
         made = Dense(self.kind.features, kernel_init=zeros, dtype=self.dtype, name="head")(tokens)
         x = unpatchify(made, self.kind.patch, self.kind.rows)
         join = nn.Conv(self.kind.values, (3, 3), kernel_init=zeros, dtype=self.dtype, name="join")

@@ -228,6 +228,16 @@ class BlockStyle:
         return rotary_angles(rows, columns, features) if self.rotary else None
 
 
+def modulated_norm(
+    x: Float[Array, "batch tokens features"], condition: Float[Array, "batch features"], norm: str, dtype: Dtype
+) -> Float[Array, "batch tokens features"]:
+    """DiT's norm before its head, shifted and scaled by the condition; its `modulation` is the calling compact method's."""
+    zeros = nn.initializers.zeros
+    modulation = Dense(2 * x.shape[-1], kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(condition))
+    shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+    return NORMS[norm]("norm", affine=False, dtype=wide(dtype))(x) * (1 + scale) + shift
+
+
 class AdaLNZeroBlock(nn.Module):
     """DiT block: attention and MLP branches, shifted, scaled and gated by the condition; the identity at initialisation."""
 

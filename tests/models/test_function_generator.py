@@ -111,7 +111,7 @@ def test_heads_start_at_the_shared_function(images, weight_update):
     kind = dataclasses.replace(KIND, weight_update=weight_update)
     predictor = FunctionPredictor(kind, width=16, heads=2, depth=1, remat=False, unroll=False)
     features = images.reshape(2, 12, 16)
-    made, params = jax.jit(predictor.init_with_output)(jax.random.key(0), features)
+    made, params = jax.jit(predictor.init_with_output)(jax.random.key(0), features, jnp.zeros((2, 16)))
     assert not any(x.any() for x in jax.tree.leaves(made)) and params["params"]["head_0"]["kernel"].shape == (16, 8)
 
 

@@ -114,10 +114,11 @@ def test_the_generator_makes_local_functions():
     # Patches stay where they are: their order is the image's.
     predictor = LocalPredictor(kind, width=16, heads=2, depth=0, remat=False, unroll=False)
     tokens = np.float32(np.random.default_rng(1).standard_normal((1, 4, 16)))
-    variables, apply = jax.jit(predictor.init)(jax.random.key(1), tokens), jax.jit(predictor.apply)
-    whole = np.asarray(apply(variables, tokens)["features"])
+    condition = np.zeros((1, 16), np.float32)
+    variables, apply = jax.jit(predictor.init)(jax.random.key(1), tokens, condition), jax.jit(predictor.apply)
+    whole = np.asarray(apply(variables, tokens, condition)["features"])
     tokens[:, 1] *= np.linspace(-1, 1, 16)
-    moved = np.asarray(apply(variables, tokens)["features"])
+    moved = np.asarray(apply(variables, tokens, condition)["features"])
     np.testing.assert_array_equal(np.argwhere(np.abs(moved - whole)[0].max(-1) > 1e-6), [[0, 1]])
 
 

@@ -29,9 +29,9 @@ def tiny_task():
 def random_params():
     """random_params(task) -> its groups, every parameter drawn, the gates too: nothing is the identity any more."""
 
-    def make(task, seed=0):
+    def make(task, seed=0, deviation=0.3):
         generator = np.random.default_rng(seed)
-        draw = lambda x: jnp.asarray(0.3 * generator.standard_normal(x.shape), jnp.float32)  # noqa: E731
+        draw = lambda x: jnp.asarray(deviation * generator.standard_normal(x.shape), jnp.float32)  # noqa: E731
         return jax.tree.map(draw, jax.eval_shape(lambda: task.init(jax.random.key(0))[0]))
 
     return make

@@ -58,7 +58,7 @@ def seen(task, every, batch):
         return jnp.zeros(len(x0)), {}
 
     objective.nets = task.objective.nets
-    task.objective, task.examples = objective, jax.jit(task.examples)
+    task.objective = objective
     task.loss(every, {}, batch, KEY, jnp.int32(3))
     return handed["nets"], handed["x0"], handed["cond"]
 
@@ -121,26 +121,30 @@ def test_the_student_is_told_the_scale_that_guides_the_teacher(stage, batch):
     assert (low <= cond["scale"]).all() and (cond["scale"] <= high).all() and len(set(cond["scale"].tolist())) == BATCH
     x, levels, model = 0.7 * x0, jnp.full((BATCH, 1), 0.8), task.denoiser.model
     t_B = cosine.time_of_angle(levels[:, 0])
-    apply = jax.jit(functools.partial(model.apply, method="end_to_end"))
-    velocity = lambda name, given: apply({"params": every[name]}, x, t_B, *given)[0]  # noqa: E731
-    net = {name: jax.jit(functools.partial(made, key=None)) for name, made in nets.items()}
+    velocity = lambda name, given: model.apply({"params": every[name]}, x, t_B, *given, method=model.end_to_end)[0]  # noqa: E731
     place = 0  # of what the scale is added to
     told = task.embedding.apply({"params": every["guidance"]}, cond["scale"])
     first = cond["follow"][place]
     given = (first + told.reshape(BATCH, *[1] * (first.ndim - 2), -1), *cond["follow"][1:])
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    close(net["student"](x, levels, cond), -velocity(task.group, given))
-    follow, nothing = (velocity("teacher", cond[name]) for name in ("follow", "nothing"))
-    scale = cond["scale"][:, None, None, None]
-    expected = -(nothing + scale * (follow - nothing))
-    close(net["teacher"](x, levels, cond), expected)
+
+    @jax.jit
+    def compared():
+        follow, nothing = (velocity("teacher", cond[name]) for name in ("follow", "nothing"))
+        guided = nothing + cond["scale"][:, None, None, None] * (follow - nothing)
+        made = {name: nets[name](x, levels, cond, key=None) for name in ("student", "teacher")}
+        return made, {"student": -velocity(task.group, given), "teacher": -guided}
+
+    made, expected = compared()
+    np.testing.assert_allclose(made["student"], expected["student"], rtol=1e-5)
+    np.testing.assert_allclose(made["teacher"], expected["teacher"], rtol=1e-4, atol=1e-5)
     if stage == "stage_b":
         assert not cond["nothing"][0].any() and cond["follow"][1] is None
         images = batch["image"].astype(jnp.float32) / 255
-        close(first, jax.jit(task.compress)(every, images))
-        close(x0, jax.jit(task.first_stage.encode)(every, images))
+        np.testing.assert_allclose(first, task.compress(every, images), rtol=1e-5)
+        np.testing.assert_allclose(x0, task.first_stage.encode(every, images), rtol=1e-5)
     else:
-        close(cond["nothing"][0], jax.jit(task.text.features)(every, batch, jnp.ones(BATCH, bool)))
+        empty = task.text.features(every, batch, jnp.ones(BATCH, bool))
+        np.testing.assert_array_equal(cond["nothing"][0], empty)
 
 
 def test_what_is_trained_is_the_jump_that_is_sampled(batch):
@@ -168,10 +172,14 @@ def test_a_fresh_student_is_its_teacher_whatever_the_scale(batch):
     condition = jax.jit(lambda every, scale: task.condition(every, batch["tokens"], batch["mask"], None, scale))
     given, mixed = task.denoiser.guidance(2.0)
     assert mixed is None
-    text = jax.jit(task.text.encode)(every, batch["tokens"], batch["mask"])
-    plain = jax.jit(task.denoiser.condition)(every[task.group], text)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
-    jax.tree.map(close, condition(fresh, given), plain)
+
+    @jax.jit
+    def told_and_plain(every):
+        text = task.text.encode(every, batch["tokens"], batch["mask"])
+        return condition(every, given), task.denoiser.condition(every[task.group], text)
+
+    told, plain = told_and_plain(fresh)
+    jax.tree.map(np.testing.assert_array_equal, told, plain)
     one, two = (condition(every, task.denoiser.guidance(scale)[0])[0] for scale in (1.0, 2.0))
     assert one.shape == plain[0].shape and float(jnp.abs(one - two).max()) > 1e-3
     with pytest.raises(ValueError, match="found guidance 9 for a model that is told its guidance, expected 1 to 8"):

@@ -54,7 +54,8 @@ def computed(pair):
 @pytest.mark.parametrize(("objective", "network"), pairs(computed))
 def test_every_network_goes_through_the_same_task(tiny_task, random_params, batch, network, objective):
     task = tiny_task(RIVALS[network] | (DERIVATIVES["sct"] if objective == "sct" else {}) | {"model.num_classes": 3})
-    params = random_params(task)
+    # Values of 40, which wider draws make of pixels, are rounded by more than the bound below.
+    params = random_params(task, deviation=0.2 if network == "pixels" else 0.3)
     loss = lambda params: task.loss(params, {}, batch, jax.random.key(3), jnp.asarray(5))[0]  # noqa: E731
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
@@ -64,8 +65,7 @@ def test_every_network_goes_through_the_same_task(tiny_task, random_params, batc
     labels, net = jnp.asarray([0, 1, 2]), jax.jit(task._net(params["generator"], training=False))
     x, sigma = functions.native.noisy, jnp.full(3, 0.821)
     f = consistency_function(net, x, sigma, labels, key=None, noise=task.noise, form=task.form)
-    # Random weights make values up to 30, and float32 rounds sums of such.
-    np.testing.assert_allclose(render(functions, 8, 8), f, atol=4e-6 * np.abs(f).max())
+    np.testing.assert_allclose(render(functions, 8, 8), f, atol=2e-5)
     assert render(functions, 20, 13).shape == (3, 20, 13, 1)
 
 
